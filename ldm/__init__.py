@@ -1,0 +1,1 @@
+"""Latent diffusion from scratch: original weights, every sampler, one small readable library."""

@@ -1,0 +1,21 @@
+"""Every mistake a user can make ends in one of these: one sentence, what was wrong and what to do."""
+
+
+class LdmError(ValueError):
+    """Base of all errors that ldm raises on purpose. The message is one printable line."""
+
+
+class CheckpointError(LdmError):
+    """A weight file is damaged, hostile, incomplete or not what it was taken for."""
+
+
+class PromptError(LdmError):
+    """A prompt cannot be encoded."""
+
+
+class RequestError(LdmError):
+    """A setting of a picture is out of range or does not fit the model."""
+
+
+class SamplerError(LdmError):
+    """An unknown sampler or schedule, or an option that a sampler does not have."""
