@@ -1,9 +1,10 @@
 """The network that predicts the noise: one UNet for the whole Stable Diffusion family.
 
-A ladder of ResBlocks (Dhariwal and Nichol 2021, arXiv:2105.05233) with attention on the lower rungs: the original
-latent diffusion models use plain self-attention, text models a transformer that also looks at the context
-(Rombach et al. 2022, arXiv:2112.10752, section 3.3), SDXL several of them in a row and a vector of picture
-sizes (Podell et al. 2023, arXiv:2307.01952, section 2). Parameter names are those of the original checkpoints.
+A ladder of ResBlocks (Dhariwal and Nichol 2021, arXiv:2105.05233) with attention on the lower rungs: the
+original latent diffusion models use plain self-attention, text models a transformer that also looks at the
+context (Rombach et al. 2022, arXiv:2112.10752, section 3.3), SDXL several of them in a row and a vector of
+picture sizes (Podell et al. 2023, arXiv:2307.01952, section 2). Parameter names are those of the original
+checkpoints.
 
 Shapes: B batch, C channels, h w latent pixels, L = h * w of the level, N context tokens, D context width,
 E = 4 * model_channels width of the time embedding.
@@ -80,8 +81,8 @@ X4_UPSCALER_UNET = replace(
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal features of a number. t: (B,), may be fractional -> (B, dim) float32.
 
-    Vaswani et al. 2017, arXiv:1706.03762, section 3.5, but all cosines first, then all sines; an odd `dim` ends
-    in a zero.
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.5, but all cosines first, then all sines; an odd `dim`
+    ends in a zero.
     """
     half = dim // 2
     frequencies = torch.exp(
@@ -112,7 +113,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest neighbour to `size`, then a convolution.
 
-    `size` is that of the skip connection which comes next: twice the input, or one less where the latent was odd.
+    `size` is that of the skip connection which comes next: twice the input, or one less for an odd latent.
     """
 
     def __init__(self, channels: int) -> None:

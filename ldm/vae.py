@@ -1,7 +1,7 @@
 """The autoencoders: pixels <-> latents.
 
-An `Encoder` halves the picture level by level, a `Decoder` doubles it back; both are convolutional ResNets with
-one self-attention layer in the middle (Rombach et al. 2022, arXiv:2112.10752, section 3.1 and appendix G).
+An `Encoder` halves the picture level by level, a `Decoder` doubles it back; both are convolutional ResNets
+with one self-attention layer in the middle (Rombach et al. 2022, arXiv:2112.10752, section 3.1, appendix G).
 `AutoencoderKL` describes each latent by a Gaussian (Stable Diffusion), `VQModel` snaps it to a codebook
 (the first latent diffusion models). Parameter names are those of the original checkpoints.
 
@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H W pixels, h w latent pixels (h = H / config.facto
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
         self.downsample = nn.Identity()  # replaced by the encoder in all levels but the last
         self.upsample = nn.Identity()  # replaced by the decoder in all levels but the first
@@ -205,7 +206,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the unscaled latent, each (B, embed_dim, h, w), for pixels as in `encode`."""
+        """Mean and log variance of the unscaled latent, each (B, embed_dim, h, w); pixels as in `encode`."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # the original's guard against exp overflow
 
@@ -271,6 +272,6 @@ class VQModel(nn.Module):
         return self.quant_conv(self.encoder(x)) * self.config.scale
 
     def decode(self, z: Tensor, *, quantize: bool = True) -> Tensor:
-        """Snap to the codebook (unless `quantize` is False), then decode. Shapes as in `AutoencoderKL.decode`."""
+        """Snap to the codebook, unless `quantize` is False, and decode. Shapes as in `AutoencoderKL.decode`."""
         z = z / self.config.scale
         return self.decoder(self.post_quant_conv(self.quantize(z) if quantize else z))
