@@ -119,8 +119,8 @@ class Level(nn.Module):
         widths = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
-        self.downsample = nn.Identity()  # replaced by the encoder in all levels but the last
-        self.upsample = nn.Identity()  # replaced by the decoder in all levels but the first
+        self.downsample: nn.Module = nn.Identity()  # replaced by the encoder in all levels but the last
+        self.upsample: nn.Module = nn.Identity()  # replaced by the decoder in all levels but the first
 
     def forward(self, h: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -272,6 +272,6 @@ class VQModel(nn.Module):
         return self.quant_conv(self.encoder(x)) * self.config.scale
 
     def decode(self, z: Tensor, *, quantize: bool = True) -> Tensor:
-        """Snap to the codebook, unless `quantize` is False, and decode. Shapes as in `AutoencoderKL.decode`."""
+        """Snap to the codebook (unless `quantize` is False) and decode. Shapes: `AutoencoderKL.decode`."""
         z = z / self.config.scale
         return self.decoder(self.post_quant_conv(self.quantize(z) if quantize else z))
