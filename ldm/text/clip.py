@@ -1,0 +1,154 @@
+"""The text encoders of Stable Diffusion: CLIP-L (SD1, SDXL), OpenCLIP ViT-H (SD2) and ViT-bigG (SDXL).
+
+A causal pre-norm transformer over token and position embeddings. Parameter names are those of Hugging Face
+(`text_model.encoder.layers.0.self_attn.q_proj.weight`), as in the checkpoints of Stable Diffusion 1;
+`openclip_names` translates the other layout.
+
+Radford et al. 2021, arXiv:2103.00020, section 2.4; OpenCLIP: Cherti et al. 2022, arXiv:2212.07143.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextConfig:
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    vocab_size: int = 49408
+    context_length: int = 77
+    quick_gelu: bool = False  # OpenAI's x * sigmoid(1.702 x) instead of the exact GELU
+    projection_dim: int | None = None  # width of the pooled vector; None: not projected
+
+
+CLIP_L = ClipTextConfig(quick_gelu=True)
+OPENCLIP_H = ClipTextConfig(width=1024, layers=24, heads=16, projection_dim=1024)
+OPENCLIP_BIGG = ClipTextConfig(width=1280, layers=32, heads=20, projection_dim=1280)
+
+
+class TextFeatures(NamedTuple):
+    hidden: Tensor  # (B, N, D) for cross-attention
+    pooled: Tensor | None  # (B, projection_dim or D): the whole text in one vector
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context_length, config.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(h.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.quick_gelu = config.quick_gelu
+        self.fc1 = nn.Linear(config.width, 4 * config.width)
+        self.fc2 = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)
+        return self.fc2(h)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, tokens: Tensor, skip: int, last: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the states before the last `skip - 1` layers and, if wanted, those after all layers."""
+        count = len(self.encoder.layers)
+        if not 1 <= skip <= count:
+            raise RequestError(f"clip skip must be 1 to {count} for this text encoder, got {skip}")
+        x = self.embeddings(tokens)
+        for layer in self.encoder.layers[: count - skip + 1]:
+            x = layer(x)
+        hidden = x
+        if not last:
+            return hidden, None
+        for layer in self.encoder.layers[count - skip + 1 :]:
+            x = layer(x)
+        return hidden, x
+
+
+class ClipTextModel(nn.Module):
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = Transformer(config)
+        self.text_projection = (
+            nn.Linear(config.width, config.projection_dim, bias=False) if config.projection_dim else None
+        )
+
+    def forward(
+        self, tokens: Tensor, *, skip: int = 1, final_norm: bool = True, pooled: bool = False
+    ) -> TextFeatures:
+        """Encode texts.
+
+        tokens: (B, N) int64 with START and END, N up to `context_length`.
+        skip: 1 takes the states after the last layer, 2 those before it, and so on ("clip skip").
+        final_norm: pass them through the final layer norm. SD1 and SD2 do (SD2 with skip=2), SDXL does not.
+        pooled: also run the skipped layers and return the last, normed state at END, times the projection.
+        Raises RequestError if the model has fewer than `skip` layers.
+        """
+        hidden, last = self.text_model(tokens, skip, last=pooled)
+        norm = self.text_model.final_layer_norm
+        features = norm(hidden) if final_norm else hidden
+        if last is None:
+            return TextFeatures(features, None)
+        # END has the largest id, and argmax finds its first place: CLIP-L pads with more of them.
+        end = tokens.argmax(dim=-1)
+        vector = norm(last[torch.arange(len(tokens), device=tokens.device), end])
+        return TextFeatures(
+            features, vector if self.text_projection is None else self.text_projection(vector)
+        )
