@@ -1,0 +1,161 @@
+"""Training the text encoder and the UNet together on cached latents.
+
+The objective is denoising score matching in the v-parameterisation (Salimans and Ho 2022, arXiv:2202.00512,
+appendix D) with min-SNR weights (Hang et al. 2023, arXiv:2303.09556, equation 8).
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.schedules import NoiseSchedule
+from ldm.text.clip import ClipTextConfig, ClipTextModel
+from ldm.text.tokenizer import Tokenizer
+from ldm.training.icons import BACKGROUNDS, WHITE, Icon, IconSet, caption, composite
+from ldm.training.loop import LoopConfig, Run, averaged, rank_and_world
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import AutoencoderKL
+
+COLOURED = 0.25  # share of pictures on a named colour, the rest on white
+EMPTY = 0.10  # share of empty captions, for guidance (Ho and Salimans 2022, arXiv:2207.12598, section 3.2)
+MIN_SNR = 5.0
+
+
+class TextToImage(nn.Module):
+    """The two networks trained together."""
+
+    def __init__(self, unet: UNetConfig, text: ClipTextConfig) -> None:
+        super().__init__()
+        self.unet = UNet(unet)
+        self.text = ClipTextModel(text)
+
+
+@dataclass(frozen=True)
+class LatentViews:
+    """Every picture, encoded once for each of its views.
+
+    z: (M, 2 + K, D, h, w) float16: upright on white, mirrored on white, then K views on named colours.
+    colours: (M, K) names of those colours.
+    """
+
+    icons: Sequence[Icon]
+    z: Tensor
+    colours: Sequence[Sequence[str]]
+
+
+@torch.no_grad()
+def encode_views(vae: AutoencoderKL, data: IconSet, *, coloured: int, seed: int) -> LatentViews:
+    """Run the frozen autoencoder over all training pictures. Deterministic in `seed`."""
+    rng = random.Random(seed)
+    device = vae.quant_conv.weight.device
+    indices = data.indices(holdout=False)
+    icons = [data.icons[i] for i in indices]
+    colours = [rng.sample(sorted(BACKGROUNDS), coloured) for _ in icons]
+    views = []
+    for view in range(2 + coloured):
+        images = data.images[indices]
+        mirrored = torch.tensor([icon.flip and view % 2 == 1 for icon in icons])
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        backgrounds = [WHITE if view < 2 else BACKGROUNDS[names[view - 2]] for names in colours]
+        pixels = composite(images, torch.tensor(backgrounds))
+        views.append(torch.cat([vae.encode(batch.to(device)).half().cpu() for batch in pixels.split(64)]))
+    return LatentViews(icons, torch.stack(views, dim=1), colours)
+
+
+def draw_view(views: LatentViews, index: int, rng: random.Random) -> tuple[Tensor, str]:
+    """One latent (D, h, w) of a picture and a caption that is true of it."""
+    icon, names = views.icons[index], views.colours[index]
+    if names and rng.random() < COLOURED:
+        view = rng.randrange(len(names))
+        z, text = views.z[index, 2 + view], caption(icon, rng, names[view])
+    else:
+        z, text = views.z[index, rng.randrange(2)], caption(icon, rng)
+    return z, "" if rng.random() < EMPTY else text
+
+
+def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Tensor:
+    """`count` timesteps in 0 .. steps - 1, one from each of `count` equal strata: less noise in the loss.
+
+    Kingma et al. 2021, arXiv:2107.00630, appendix I.1.
+    """
+    offset = torch.rand(1, generator=generator)
+    return (((torch.arange(count) + offset) / count) * steps).long().clamp(max=steps - 1)
+
+
+def v_loss(
+    predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, noise: Tensor, t: Tensor, abar: Tensor
+) -> Tensor:
+    """Min-SNR weighted error of the velocity v = sqrt(abar) noise - sqrt(1 - abar) z.
+
+    predict: (x_t, t) -> v. z, noise: (B, D, h, w); t: (B,) int64; abar: (T,) cumulative alphas.
+    """
+    a = abar[t][:, None, None, None]
+    x = a.sqrt() * z + (1 - a).sqrt() * noise
+    target = a.sqrt() * noise - (1 - a).sqrt() * z
+    error = (predict(x, t).float() - target).square().mean(dim=(1, 2, 3))  # (B,)
+    snr = abar[t] / (1 - abar[t])
+    # Hang et al. weight the error of x0 by min(SNR, 5); an error in v is one in x0 times (SNR + 1).
+    return (error * snr.clamp(max=MIN_SNR) / (snr + 1)).mean()
+
+
+def train_diffusion(
+    views: LatentViews,
+    unet: UNetConfig,
+    text: ClipTextConfig,
+    loop: LoopConfig,
+    folder: Path,
+    *,
+    batch_size: int,
+    device: torch.device,
+    seconds: float,
+    compile: bool = False,
+    every: tuple[int, Callable[[TextToImage], None]] | None = None,
+) -> tuple[TextToImage, bool]:
+    """Train, or go on training. Returns the averaged model and whether all steps are done."""
+    torch.manual_seed(loop.seed)
+    model = TextToImage(unet, text).to(device, memory_format=torch.channels_last)
+    run = Run(model, loop, folder)
+    run.resume()
+    _, world = rank_and_world()
+    count = batch_size // world
+    tokenizer = Tokenizer()
+    abar = torch.tensor(NoiseSchedule.scaled_linear().alphas_cumprod, dtype=torch.float32, device=device)
+    weights = torch.tensor([icon.weight for icon in views.icons])
+    text_model = torch.compile(model.text) if compile else model.text
+    unet_model = torch.compile(model.unet) if compile else model.unet
+
+    def loss(generator: torch.Generator) -> Tensor:
+        chosen = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        drawn = [draw_view(views, i, rng) for i in chosen]
+        z = torch.stack([latent for latent, _ in drawn]).float().to(device)
+        tokens = torch.tensor([tokenizer.pad(tokenizer.encode(words)) for _, words in drawn]).to(device)
+        t = stratified_timesteps(count, len(abar), generator).to(device)
+        noise = torch.randn(z.shape, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            context = text_model(tokens).hidden
+            return v_loss(lambda x, t: unet_model(x, t, context), z, noise, t, abar)
+
+    def sheet() -> None:
+        assert every is not None
+        every[1](average_of(model, run))
+
+    done = run.train(
+        loss,
+        samples_per_step=batch_size,
+        seconds=seconds,
+        every=None if every is None else (every[0], sheet),
+    )
+    return average_of(model, run), done
+
+
+def average_of(model: TextToImage, run: Run) -> TextToImage:
+    """A copy of the model with the averaged weights, in evaluation mode."""
+    with torch.device("meta"):
+        copy = TextToImage(model.unet.config, model.text.config)
+    copy.load_state_dict(averaged(model, run.ema), assign=True)
+    return copy.eval()

@@ -1,0 +1,205 @@
+"""One training loop for everything: exact resume, moving average, progress, several GPUs.
+
+Two decisions make a run resumable to the bit. The data of step s are a function of (seed, s, rank) alone:
+each step gets a fresh random generator, so that no iterator state exists. And everything else (weights,
+optimizer, moving average) is tensors, saved whole in one .safetensors file.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldm.errors import LdmError
+from ldm.formats import write_safetensors
+
+LossFunction = Callable[[torch.Generator], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Facts of one run; those that decide the result are stored with it and checked on resume."""
+
+    steps: int  # in all; may be changed between resumes, since it only moves the final decay
+    lr: float
+    warmup: int = 200  # steps of linear rise
+    decay: float = 0.4  # last part of the run, over which a half cosine takes the rate to zero
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    clip_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 500
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: rise, plateau, half a cosine (Zhai et al. 2022, arXiv:2106.04560)."""
+        rise = min(1.0, (step + 1) / self.warmup)
+        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.lr * rise * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process and of all processes (torchrun); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
+    """The source of all randomness of one step on one process, on the CPU."""
+    # Distinct for every (seed, step, rank) of a run below 10^6 steps and 1000 processes.
+    return torch.Generator().manual_seed((seed * 1_000_000 + step) * 1_000 + rank)
+
+
+class Ema:
+    """Exponential moving average of a module's parameters, float32."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        # The early average is short, so that it forgets the random start: Karras et al. 2024, appendix C.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in model.named_parameters():
+            self.shadow[name].lerp_(p.detach().float(), 1 - decay)
+
+
+class Run:
+    """A model in training: its optimizer, its average, its step, and the folder they are kept in."""
+
+    def __init__(self, model: nn.Module, config: LoopConfig, folder: Path) -> None:
+        self.model = model
+        self.config = config
+        self.folder = folder
+        self.step = 0
+        self.ema = Ema(model, config.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        )
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / "state.safetensors"
+
+    def save(self) -> None:
+        """Write the whole state; the file of the last save stays until the new one is complete."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        tensors |= {f"ema.{name}": value for name, value in self.ema.shadow.items()}
+        for name, p in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        config = json.dumps(asdict(self.config))
+        write_safetensors(self.state_path, tensors, {"step": str(self.step), "config": config})
+
+    def resume(self) -> bool:
+        """Go on from the saved state, if there is one.
+
+        Raises LdmError if it was made with other settings: going on would be neither the old run nor the new.
+        """
+        if not self.state_path.exists():
+            return False
+        with safe_open(self.state_path, framework="pt") as file:
+            facts = file.metadata()
+        stored, now = json.loads(facts["config"]), asdict(self.config)
+        changed = [k for k in now if k not in ("steps", "decay", "save_every") and now[k] != stored.get(k)]
+        if changed:
+            raise LdmError(
+                f"{self.folder} holds a run with another {', '.join(changed)}; "
+                "give the old value, or another folder to start anew"
+            )
+        tensors = load_file(self.state_path, device=str(next(self.model.parameters()).device))
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(tensors[f"model.{name}"])
+                self.ema.shadow[name].copy_(tensors[f"ema.{name}"])
+                prefix = "optimizer."
+                self.optimizer.state[p] = {
+                    key: tensors[f"{prefix}{key}.{name}"].to("cpu" if key == "step" else p.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{prefix}{key}.{name}" in tensors
+                }
+        self.step = int(facts["step"])
+        return True
+
+    def train(
+        self,
+        loss_function: LossFunction,
+        *,
+        samples_per_step: int,
+        seconds: float = math.inf,
+        every: tuple[int, Callable[[], None]] | None = None,
+    ) -> bool:
+        """Train until `config.steps` or for `seconds`; Ctrl-C ends it early and keeps everything.
+
+        loss_function: takes the step's CPU generator, returns a scalar.
+        samples_per_step: pictures of all processes together, for the display.
+        every: (n, action): call `action` after each n steps (sample pictures).
+        Returns whether all steps are done. The state is saved on return and each `save_every` steps.
+        Raises LdmError when the loss is not a number; the last saved state is kept.
+        """
+        rank, world = rank_and_world()
+        parameters = list(self.model.parameters())
+        start, first, shown = time.monotonic(), self.step, 0.0
+        average: float | None = None
+        self.model.train()
+        try:
+            while self.step < self.config.steps and time.monotonic() - start < seconds:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.config.rate(self.step)
+                loss = loss_function(step_generator(self.config.seed, self.step, rank))
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if world > 1:
+                    for p in parameters:
+                        if p.grad is not None:
+                            dist.all_reduce(p.grad, op=dist.ReduceOp.AVG)
+                nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+                self.optimizer.step()
+                self.ema.update(self.model, self.step)
+                self.step += 1
+
+                now = time.monotonic()
+                if now - shown > 10 or self.step == self.config.steps:
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise LdmError(f"the loss is {value} at step {self.step}; lower the learning rate")
+                    average = value if average is None else 0.8 * average + 0.2 * value
+                    pace = (self.step - first) / (now - start)
+                    if rank == 0:
+                        self._show(average, pace, samples_per_step)
+                    shown = now
+                if rank == 0 and self.step % self.config.save_every == 0:
+                    self.save()
+                if rank == 0 and every is not None and self.step % every[0] == 0:
+                    every[1]()
+                    self.model.train()
+        except KeyboardInterrupt:
+            print(f"stopped at step {self.step}; the same command goes on from here", file=sys.stderr)
+        if rank == 0:
+            self.save()
+        return self.step >= self.config.steps
+
+    def _show(self, loss: float, pace: float, samples_per_step: int) -> None:
+        left = (self.config.steps - self.step) / pace
+        print(
+            f"step {self.step}/{self.config.steps}  loss {loss:.4f}  {pace * samples_per_step:.0f} samples/s"
+            f"  {left / 60:.0f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
+        with (self.folder / "loss.csv").open("a") as log:
+            log.write(f"{self.step},{self.step * samples_per_step},{loss:.6f}\n")
+
+
+@torch.no_grad()
+def averaged(model: nn.Module, ema: Ema) -> dict[str, Tensor]:
+    """The state dict of `model` with the averaged parameters in place of the last ones."""
+    return {name: ema.shadow.get(name, value) for name, value in model.state_dict().items()}
