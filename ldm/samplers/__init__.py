@@ -1,0 +1,135 @@
+"""Samplers by the names that people know, and how to read those names.
+
+A sampler is a generator `function(denoise, x, sigmas, noise, **options)` that yields a `Step` after each
+update. It works on x = picture + sigma * noise and knows nothing of networks, prompts or devices.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property, partial
+from typing import Any
+
+from torch import Tensor
+
+from ldm import schedules
+from ldm.errors import SamplerError
+from ldm.noise import Noise
+from ldm.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
+from ldm.samplers.euler import euler, euler_ancestral
+from ldm.samplers.step import Denoise, Step
+from ldm.spacings import ALIASES, SPACINGS
+
+__all__ = ["SAMPLERS", "Denoise", "Sampler", "Step", "parse"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampling method, and the settings that people expect with its name."""
+
+    name: str
+    function: Callable[..., Iterator[Step]]
+    spacing: str = "uniform"  # of `ldm.spacings.SPACINGS`, when the user names none
+    evaluations: int = 1  # of the network per step; a first or last step may differ
+    brownian: bool = False  # draws its noise from a `BrownianNoise`
+    discard_penultimate: bool = False  # leaves out the last level above 0, see `ldm.schedules.sigmas`
+    unit_start: bool = False  # starts from noise of the variance of a noised picture, see `start`
+    aliases: tuple[str, ...] = ()  # further names, beside all spellings of `name`
+
+    @cached_property
+    def options(self) -> Mapping[str, Any]:
+        """The options of the method with their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def sigmas(
+        self,
+        schedule: schedules.NoiseSchedule,
+        steps: int,
+        spacing: str | Sequence[float] | None = None,
+        **overrides: float | None,
+    ) -> list[float]:
+        """The levels of a run, see `ldm.schedules.sigmas`; spaced as people expect unless told otherwise."""
+        return schedules.sigmas(
+            schedule,
+            steps,
+            self.spacing if spacing is None else spacing,
+            discard_penultimate=self.discard_penultimate,
+            **overrides,  # pyright: ignore[reportArgumentType]
+        )
+
+    def start(self, noise: Tensor, sigma: float) -> Tensor:
+        """The state in which a run from pure noise starts: unit noise, the first level -> x.
+
+        k-diffusion starts at sigma * noise, the limit for large sigma. The older samplers think in the
+        variance-preserving scale and start there from unit noise, which is sqrt(1 + sigma^2) * noise in ours.
+        """
+        return noise * (math.sqrt(1 + sigma**2) if self.unit_start else sigma)
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, **options: Any
+    ) -> Iterator[Step]:
+        """Run it. An option that is None keeps its default; one the method does not have is a SamplerError."""
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given:
+            if name not in self.options:
+                known = f"it has {', '.join(self.options)}" if self.options else "it has none"
+                raise SamplerError(f"the sampler {self.name!r} has no option {name!r}; {known}")
+        return self.function(denoise, x, sigmas, noise, **given)
+
+
+_SAMPLERS = (
+    Sampler("DPM++ 2M", dpmpp_2m, "karras"),
+    Sampler("DPM++ SDE", dpmpp_sde, "karras", evaluations=2, brownian=True),
+    Sampler("DPM++ 2M SDE", dpmpp_2m_sde, "exponential", brownian=True),
+    Sampler("DPM++ 2M SDE Heun", partial(dpmpp_2m_sde, solver_type="heun"), "exponential", brownian=True),
+    Sampler("DPM++ 2S a", dpmpp_2s_ancestral, "karras", evaluations=2, aliases=("dpmpp_2s_ancestral",)),
+    Sampler("DPM++ 3M SDE", dpmpp_3m_sde, "exponential", brownian=True, discard_penultimate=True),
+    Sampler("Euler a", euler_ancestral, aliases=("euler_ancestral",)),
+    Sampler("Euler", euler),
+)
+
+SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _SAMPLERS}
+
+
+def parse(name: str) -> tuple[Sampler, str]:
+    """A sampler and a spacing from a name such as "DPM++ 2M Karras", "euler_ancestral" or "k_dpm_2_a".
+
+    Capitals, spaces, hyphens and underscores do not matter. Where the name holds no spacing, it is the
+    sampler's own. Raises SamplerError with suggestions if the name is unknown.
+    """
+    plain = _plain(name)
+    if plain in _BY_PLAIN_NAME:
+        sampler = _BY_PLAIN_NAME[plain]
+        return sampler, sampler.spacing
+    for suffix, spacing in _SUFFIXES:
+        head = plain.removesuffix(suffix)
+        if head != plain and head in _BY_PLAIN_NAME:
+            sampler = _BY_PLAIN_NAME[head]
+            return sampler, spacing or sampler.spacing
+    guesses = get_close_matches(plain, _BY_PLAIN_NAME, n=3, cutoff=0.5)
+    names = list(dict.fromkeys(_BY_PLAIN_NAME[guess].name for guess in guesses)) or list(SAMPLERS)
+    raise SamplerError(
+        f"unknown sampler {name!r}; {'did you mean' if guesses else 'choose from'} {', '.join(names)}"
+    )
+
+
+def _plain(name: str) -> str:
+    """A name without what people write in different ways: "DPM++ 2M", "k_dpmpp_2m" -> "dpmpp2m"."""
+    plain = name.strip().lower().replace("++", "pp")
+    plain = plain.removeprefix("sample_").removeprefix("k_")
+    return "".join(letter for letter in plain if letter.isalnum())
+
+
+_BY_PLAIN_NAME = {_plain(name): s for s in SAMPLERS.values() for name in (s.name, *s.aliases)}
+# The longest first, as "SGM Uniform" ends in "Uniform".
+_SUFFIXES = sorted(
+    [
+        *((_plain(text), key) for key, spacing in SPACINGS.items() for text in (key, spacing.label)),
+        *((_plain(alias), key) for alias, key in ALIASES.items()),
+        ("automatic", ""),
+    ],
+    key=lambda item: -len(item[0]),
+)
