@@ -29,7 +29,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / f"icons-{scope.name}.safetensors"
     icons.save(file)
-    file.with_suffix(".NOTICE.txt").write_text(artwork.notice(scope), encoding="utf-8")
+    file.with_suffix(".NOTICE.txt").write_text(artwork.notice(icons.facts), encoding="utf-8")
     held = len(icons.indices(holdout=True))
     print(f"{file}: {len(icons.icons)} pictures {tuple(icons.images.shape[1:])}, {held} of them held out")
 

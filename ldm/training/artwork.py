@@ -1,23 +1,13 @@
-"""Where the training pictures come from: fetch icon packages by name, read and render their drawings.
-
-Nothing is taken from a stored pack. Each source is a package at a pinned version with a licence that allows
-training and shipping a model; share-alike sets, proprietary sets and logo sets are left out on purpose.
-"""
+"""From packages to a data set: which drawings, rendered how, weighted how, which kept for testing."""
 
 from __future__ import annotations
 
 import io
-import json
-import re
-import subprocess
 import sys
-import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import resvg_py
@@ -26,57 +16,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.errors import LdmError
+from ldm.training import clipart
 from ldm.training.icons import Icon, IconSet
-from ldm.training.names import GROUPS, Name, Names, code, described, plain, slug, wanted
+from ldm.training.names import Names, plain
+from ldm.training.sources import CLIP_ART, KEYWORDS, NAMES, SOURCES, Drawing, drawings, load_names
 
-_OVERSIZE = 4  # drawings are rendered this much larger, then reduced
+_RENDERED = 256  # drawings are rendered at least at this size, and at twice the picture's, then reduced
 _FILL = 0.94  # of the picture's side is taken by the drawing's longer side
 _SPECK = 8  # alpha up to this does not count as drawn when margins are cut
-
-
-@dataclass(frozen=True)
-class Source:
-    """One package of drawings (or of names), and the terms under which it is used."""
-
-    package: str  # npm name
-    version: str
-    style: str  # as captions say it; "" for a package of names
-    family: str
-    licence: str  # SPDX
-    attribution: str
-    url: str
-
-    @property
-    def file(self) -> str:
-        """What npm calls the tarball, without its ending."""
-        return f"{self.package.lstrip('@').replace('/', '-')}-{self.version}"
-
-
-_FLUENT = ("fluent", "MIT", "Microsoft Corporation", "https://github.com/microsoft/fluentui-emoji")
-_NOTO = ("Apache-2.0", "Google Inc.", "https://github.com/googlefonts/noto-emoji")
-
-SOURCES: tuple[Source, ...] = (
-    Source("@iconify-json/fluent-emoji-flat", "1.2.6", "fluent flat", *_FLUENT),
-    Source("@iconify-json/noto", "1.2.9", "noto", "noto", *_NOTO),
-    Source("@iconify-json/twemoji", "1.2.5", "twemoji", "twemoji",
-           "CC-BY-4.0", "Twitter, Inc. and other contributors", "https://github.com/jdecked/twemoji"),
-    Source("@iconify-json/emojione", "1.2.3", "emojione", "emojione",
-           "CC-BY-4.0", "EmojiOne (version 2)", "https://github.com/EmojiTwo/emojitwo"),
-    Source("@iconify-json/fluent-emoji", "1.2.7", "fluent", *_FLUENT),
-    Source("@lobehub/fluent-emoji-3d", "1.1.0", "fluent 3d", *_FLUENT),
-    Source("@iconify-json/noto-v1", "1.2.5", "noto blob", "noto blob", *_NOTO),
-    Source("@iconify-json/fxemoji", "1.2.2", "firefox", "firefox",
-           "Apache-2.0", "Mozilla Foundation", "https://github.com/mozilla/fxemoji"),
-    Source("@iconify-json/streamline-emojis", "1.2.4", "streamline", "streamline",
-           "CC-BY-4.0", "Streamline", "https://github.com/webalys-hq/streamline-vectors"),
-    Source("@iconify-json/flat-color-icons", "1.2.3", "flat color", "flat color",
-           "MIT", "Icons8", "https://github.com/icons8/flat-color-icons"),
-    Source("@iconify-json/circle-flags", "1.2.11", "circle", "circle",
-           "MIT", "HatScripts", "https://github.com/HatScripts/circle-flags"),
-)  # fmt: skip
-NAMES = Source("emojibase-data", "17.0.0", "", "", "MIT (annotations: Unicode-3.0)",
-               "Miles Johnson; Unicode, Inc.", "https://github.com/milesj/emojibase")  # fmt: skip
-KEYWORDS = Source("emojilib", "4.0.3", "", "", "MIT", "Mu-An Chiou", "https://github.com/muan/emojilib")
 
 # How often a group is drawn, relative to the everyday ones: what people ask for first.
 WEIGHTS = {
@@ -101,138 +48,6 @@ SCOPES = {
     "full": Scope("full"),
 }
 
-# Ends of the keys of one person in five colours of skin; the neutral one is enough.
-_SKIN_TONE = re.compile(r"skin-tone|-(medium-)?(light|dark)$|-medium$")
-
-
-# --- fetching -----------------------------------------------------------------------------------------------
-
-
-def fetch(source: Source, cache: Path) -> Path:
-    """The package's tarball, downloaded with npm unless it lies in `cache`. Raises LdmError if npm fails."""
-    file = cache / f"{source.file}.tgz"
-    if file.exists():
-        return file
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # a broken download never looks like a whole one
-        command = [
-            "npm",
-            "pack",
-            "--silent",
-            f"{source.package}@{source.version}",
-            "--pack-destination",
-            folder,
-        ]
-        try:
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise LdmError(f"npm could not fetch {source.package}@{source.version}: {error}") from error
-        (Path(folder) / file.name).rename(file)
-    return file
-
-
-def _json(file: Path, name: str, default: Any = None) -> Any:
-    with tarfile.open(file) as tar:
-        try:
-            member = tar.extractfile(f"package/{name}")
-        except KeyError:
-            return default
-        assert member is not None, f"{name} in {file.name} is a folder"
-        return json.load(member)
-
-
-def load_names(cache: Path) -> Names:
-    data, keywords = fetch(NAMES, cache), fetch(KEYWORDS, cache)
-    return Names(
-        _json(data, "en/data.json"),
-        _json(data, "meta/groups.json")["groups"],
-        _json(data, "meta/unicode-names.json"),
-        _json(keywords, "dist/emoji-en-US.json"),
-    )
-
-
-# --- drawings -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One picture before rendering."""
-
-    source: Source
-    key: str  # its file name in the cache of rendered pictures
-    name: Name
-    data: bytes  # SVG or WebP
-
-
-def drawings(source: Source, names: Names, cache: Path) -> Iterator[Drawing]:
-    """All wanted drawings of one package, in a fixed order, each only once."""
-    file = fetch(source, cache)
-    if source.package == "@lobehub/fluent-emoji-3d":
-        yield from _webp_drawings(source, names, file)
-    else:
-        yield from _iconify_drawings(source, names, file)
-
-
-def _webp_drawings(source: Source, names: Names, file: Path) -> Iterator[Drawing]:
-    with tarfile.open(file) as tar:
-        for member in sorted(tar.getnames()):
-            name = names.by_code.get(code(Path(member).stem))
-            if member.endswith(".webp") and name:
-                data = tar.extractfile(member)
-                assert data is not None
-                yield Drawing(source, Path(member).stem, name, data.read())
-
-
-def _iconify_drawings(source: Source, names: Names, file: Path) -> Iterator[Drawing]:
-    """Iconify packs are one icons.json: `icons` (SVG bodies) and `aliases` (further spellings of a key)."""
-    pack = _json(file, "icons.json")
-    categories = _json(file, "metadata.json", {}).get("categories", {})
-    groups = {key: GROUPS.get(slug(label)) for label, keys in categories.items() for key in keys}
-    codes = {key: code(hexcode) for hexcode, key in _json(file, "chars.json", {}).items()}
-    spellings: dict[str, list[str]] = {}
-    for alias, target in pack.get("aliases", {}).items():
-        if set(target) == {"parent"}:  # a mirrored copy adds nothing
-            spellings.setdefault(target["parent"], []).append(alias)
-
-    for key, icon in sorted(pack["icons"].items()):
-        if icon.get("hidden"):
-            continue
-        known = (names.by_slug.get(spelling) for spelling in [key, *spellings.get(key, [])])
-        name = names.by_code.get(codes.get(key, "")) or next(filter(None, known), None)
-        name = name or _name_from_key(source, key, groups.get(key), names)
-        if name:
-            yield Drawing(source, key, name, _svg(pack, icon))
-
-
-def _name_from_key(source: Source, key: str, group: str | None, names: Names) -> Name | None:
-    """A name for a drawing that is no emoji of today's list, made of its key; None for what is not wanted."""
-    match source.style:
-        case "circle":  # two-letter country codes, which the flags' code points spell out
-            return names.by_code.get("-".join(f"{0x1F1E6 + ord(letter) - ord('a'):x}" for letter in key))
-        case "firefox":
-            key = names.split(key) or ""
-        case "streamline":
-            key = re.sub(r"-\d+$", "", key)  # several drawings of one thing are numbered
-    if not key or _SKIN_TONE.search(key):
-        return None
-    if name := names.by_slug.get(key):
-        return name
-    subject = plain(key.replace("-", " "))
-    return described(subject, group or "objects") if wanted(subject) else None
-
-
-def _svg(pack: dict, icon: dict) -> bytes:
-    """A whole SVG document from the pack's body and view box."""
-    default = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's own
-    left, top, width, height = (icon.get(k, pack.get(k, default[k])) for k in default)
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
-    ).encode()
-
-
-# --- rendering ----------------------------------------------------------------------------------------------
-
 
 def render(data: bytes, size: int) -> Image.Image:
     """Draw an SVG or decode a WebP: RGBA, size x size, the drawing centred and filling 94 % of the picture.
@@ -243,8 +58,9 @@ def render(data: bytes, size: int) -> Image.Image:
     if data.startswith(b"RIFF"):
         image = Image.open(io.BytesIO(data))
     else:
-        # dpi: its default, 0, gives every drawing measured in mm or pt no size at all.
-        svg = resvg_py.svg_to_bytes(svg_string=data.decode(), width=_OVERSIZE * size, dpi=96)
+        # dpi: its default, 0, gives drawings in mm or pt no size. Fonts would differ between machines.
+        width = max(_RENDERED, 2 * size)
+        svg = resvg_py.svg_to_bytes(svg_string=data.decode(), width=width, dpi=96, skip_system_fonts=True)
         image = Image.open(io.BytesIO(bytes(svg)))
     image = image.convert("RGBA")
     box = image.getchannel("A").point([255 * (alpha > _SPECK) for alpha in range(256)]).getbbox()
@@ -269,11 +85,8 @@ def rendered(drawing: Drawing, size: int, cache: Path) -> Image.Image:
     return Image.open(file)
 
 
-# --- the data set -------------------------------------------------------------------------------------------
-
-
 def everyday() -> set[str]:
-    """The names of the small scope: things one can draw with four pencils, and every prompt of the sheet."""
+    """The names of the small scope: common things, drawn by all four sets, with every prompt of the sheet."""
     text = (Path(__file__).parent / "everyday.txt").read_text(encoding="utf-8")
     return {plain(name) for line in text.split("\n") for name in line.split(",") if name.strip()}
 
@@ -295,28 +108,38 @@ def split(icons: Sequence[Icon], families: int) -> list[Icon]:
     return [replace(icon, holdout=(icon.subject, icon.family) in held) for icon in icons]
 
 
+def chosen(scope: Scope, names: Names, cache: Path) -> Iterator[Drawing]:
+    """The scope's drawings, source by source. Without apt there is no clip art; stderr says so."""
+    subjects = everyday() if scope.everyday else None
+    for source in SOURCES:
+        if scope.styles is None or source.style in scope.styles:
+            for drawing in drawings(source, names, cache):
+                if subjects is None or drawing.name.subject in subjects:
+                    yield drawing
+    if scope.styles is None:
+        try:
+            yield from clipart.drawings(names, cache)
+        except LdmError as error:
+            print(f"clip art is left out: {error}", file=sys.stderr)
+
+
 def build(scope: Scope, size: int, cache: Path) -> IconSet:
     """Fetch, read, render and split everything of one scope. The same bytes every time."""
-    names = load_names(cache)
-    sources = [source for source in SOURCES if scope.styles is None or source.style in scope.styles]
-    subjects = everyday() if scope.everyday else None
-    chosen = [
-        drawing
-        for source in tqdm(sources, desc="read", file=sys.stderr)
-        for drawing in drawings(source, names, cache)
-        if subjects is None or drawing.name.subject in subjects
-    ]
-    pictures, icons = [], []
-    for drawing in tqdm(chosen, desc=f"render at {size}", file=sys.stderr):
+    found = list(tqdm(chosen(scope, load_names(cache), cache), desc="read", file=sys.stderr))
+    images = torch.empty(len(found), 4, size, size, dtype=torch.uint8)
+    icons: list[Icon] = []
+    sources = {}
+    for drawing in tqdm(found, desc=f"render at {size}", file=sys.stderr):
         try:
-            pictures.append(np.asarray(rendered(drawing, size, cache)))
+            picture = np.array(rendered(drawing, size, cache))  # (S, S, 4)
         except ValueError as error:
             print(f"left out {drawing.source.style} {drawing.key}: {error}", file=sys.stderr)
             continue
+        images[len(icons)] = torch.from_numpy(picture).permute(2, 0, 1)
         icons.append(_icon(drawing))
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()  # (N, 4, S, S)
-    used = [f"{source.package}@{source.version}" for source in (*sources, NAMES, KEYWORDS)]
-    return IconSet(images, split(icons, scope.families), {"scope": scope.name, "sources": ", ".join(used)})
+        sources[drawing.source.pinned] = drawing.source
+    facts = {"scope": scope.name, "sources": ", ".join([*sources, NAMES.pinned, KEYWORDS.pinned])}
+    return IconSet(images[: len(icons)], split(icons, scope.families), facts)
 
 
 def _icon(drawing: Drawing) -> Icon:
@@ -328,20 +151,26 @@ def _icon(drawing: Drawing) -> Icon:
     )  # fmt: skip
 
 
-def notice(scope: Scope) -> str:
-    """Plain text to ship beside weights trained on the scope: whose drawings, under which licence."""
-    sources = [source for source in SOURCES if scope.styles is None or source.style in scope.styles]
+def notice(facts: dict[str, str]) -> str:
+    """Plain text to ship beside weights: whose drawings they were trained on, under which licence.
+
+    facts: those of the `IconSet`, or a checkpoint's copy of them.
+    """
+    used = facts["sources"].split(", ")
     entries = [
         f"{source.package} {source.version}\n"
         f"  by {source.attribution} ({source.url})\n"
-        f"  licence {source.licence}"
-        for source in (*sources, NAMES, KEYWORDS)
+        f"  licence: {source.licence}\n"
+        for source in (*SOURCES, CLIP_ART, NAMES, KEYWORDS)
+        if source.pinned in used
     ]
-    return _NOTICE + "\n" + "\n\n".join(entries) + "\n"
+    return "\n".join([_NOTICE, *entries])
 
 
-_NOTICE = """The embedded model of ldm was trained on these drawings, named by the last two entries.
-The drawings were rendered to small pictures, their margins cut, some mirrored, on coloured backgrounds.
-The weights contain none of them; this notice gives the credit that their licences ask for.
-CC-BY-4.0: https://creativecommons.org/licenses/by/4.0/
+_NOTICE = """\
+The embedded model of ldm was trained on these drawings, named by emojibase-data and emojilib.
+They were rendered to small pictures, their margins cut, some mirrored, and laid on plain colours.
+The weights contain none of the drawings; this notice gives the credit that their licences ask for.
+CC-BY-4.0 is at https://creativecommons.org/licenses/by/4.0/,
+Apache-2.0 at https://www.apache.org/licenses/LICENSE-2.0.
 """

@@ -54,7 +54,8 @@ GROUPS = {
 
 # The kinds of emoji nobody asks a painter for: keycaps, lettered buttons, squared characters.
 _UNWANTED = re.compile(
-    r"^keycap|regional indicator|^japanese .*button|squared|cjk|^input |ideograph|\bbutton\b|^\w$|^\d+$"
+    r"^keycap|^letter .$|^digit |regional indicator|^japanese .*button|squared|cjk|^input |ideograph|"
+    r"\bbutton\b|^\w$|^\d+$"
 )
 
 # Words that both lists give to some emoji but that name nothing.
@@ -81,8 +82,8 @@ def slug(text: str) -> str:
 
 def plain(text: str) -> str:
     """A name as a caption says it: "flag: Estonia" -> "flag of estonia"."""
-    text = re.sub("[“”⊛]", "", text.replace("’", "'").lower())
-    return " ".join(re.sub("^flag: |^flag for ", "flag of ", text).replace(":", "").split())
+    text = re.sub("[“”]", "", text.replace("’", "'").lower())
+    return " ".join(re.sub("^flag: |^flag for (flag )?", "flag of ", text).replace(":", "").split())
 
 
 def code(hexcode: str) -> str:
@@ -141,6 +142,10 @@ class Names:
     def _words(self) -> set[str]:
         words = {word for key in self.by_slug for word in key.split("-")}
         return {word for word in words if len(word) > 2 or word in _LITTLE_WORDS}
+
+    def knows(self, text: str) -> bool:
+        """Whether some word of a text occurs in emoji names, in singular or plural."""
+        return any({word, word.removesuffix("s"), word + "s"} & self._words for word in slug(text).split("-"))
 
     def split(self, joined: str) -> str | None:
         """The slug of a name written without separators, "beachumbrella" -> "beach-umbrella".
