@@ -42,13 +42,13 @@ _CONTROL = [
     *range(0xFFF9, 0xFFFD),
 ]
 _WIDE = map(chr, [0x3000, *range(0xFF01, 0xFFF0)])
-_LIGATURES = "ĲĳǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆ"
+_LIGATURES = "ĲĳǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"
 _PLAIN = str.maketrans(
     {char: unicodedata.normalize("NFKC", char) for char in [*_WIDE, *_LIGATURES]}
     | dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc", "'")
     | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
     | dict.fromkeys(map(chr, _CONTROL))
-    | {"ŉ": "'n"}
+    | {"ŉ": "'n", "ﬅ": "ſt"}
 )
 
 # Python refuses to read numbers of thousands of digits; no character has more than seven.
@@ -128,11 +128,11 @@ class Tokenizer:
             self._merges[a, b] = merged
             self._pieces.append(self._pieces[a] + self._pieces[b])
         self._pieces += [b"<|startoftext|>", b"<|endoftext|>"]
-        self._word = lru_cache(maxsize=1 << 16)(self._encode_word)
+        self.encode_word = lru_cache(maxsize=1 << 16)(self._merge_word)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text of any length, without START and END."""
-        return [token for word in words(clean(text)) for token in self._word(word)]
+        return [token for word in words(clean(text)) for token in self.encode_word(word)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the cleaned text again, a space after each word; a cut character becomes U+FFFD."""
@@ -146,7 +146,7 @@ class Tokenizer:
         row = [START, *ids[: length - 2], END]
         return row + [pad_id] * (length - len(row))
 
-    def _encode_word(self, word: str) -> tuple[int, ...]:
+    def _merge_word(self, word: str) -> tuple[int, ...]:
         ids = [self._id_of_byte[byte] for byte in word.encode()]
         ids[-1] += 256  # the same byte, at the end of a word
         return tuple(merge(ids, self._merges))
