@@ -170,7 +170,7 @@ def notice(facts: dict[str, str]) -> str:
 _NOTICE = """\
 The embedded model of ldm was trained on these drawings, named by emojibase-data and emojilib.
 They were rendered to small pictures, their margins cut, some mirrored, and laid on plain colours.
-The weights contain none of the drawings; this notice gives the credit that their licences ask for.
+The model may draw pictures close to them, so this notice gives the credit that their licences ask for.
 CC-BY-4.0 is at https://creativecommons.org/licenses/by/4.0/,
 Apache-2.0 at https://www.apache.org/licenses/LICENSE-2.0.
 """
