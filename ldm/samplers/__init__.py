@@ -15,14 +15,23 @@ from typing import Any
 from torch import Tensor
 
 from ldm import schedules
+from ldm.denoise import Denoise
 from ldm.errors import SamplerError
 from ldm.noise import Noise
+from ldm.samplers.ddim import ddim, ddpm
+from ldm.samplers.dpm2 import dpm_2, dpm_2_ancestral
+from ldm.samplers.dpm_solver import dpm_adaptive, dpm_fast
 from ldm.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
 from ldm.samplers.euler import euler, euler_ancestral
-from ldm.samplers.step import Denoise, Step
+from ldm.samplers.heun import heun, heunpp2
+from ldm.samplers.lcm import lcm
+from ldm.samplers.multistep import deis, ipndm, ipndm_v, lms, plms
+from ldm.samplers.restart import restart
+from ldm.samplers.step import Step
+from ldm.samplers.unipc import unipc
 from ldm.spacings import ALIASES, SPACINGS
 
-__all__ = ["SAMPLERS", "Denoise", "Sampler", "Step", "parse"]
+__all__ = ["SAMPLERS", "Sampler", "Step", "parse"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Sampler:
     def __call__(
         self, denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, **options: Any
     ) -> Iterator[Step]:
-        """Run it. An option that is None keeps its default; one the method does not have is a SamplerError."""
+        """Run. An option that is None keeps its default; one the method does not have is a SamplerError."""
         given = {name: value for name, value in options.items() if value is not None}
         for name in given:
             if name not in self.options:
@@ -89,6 +98,30 @@ _SAMPLERS = (
     Sampler("DPM++ 3M SDE", dpmpp_3m_sde, "exponential", brownian=True, discard_penultimate=True),
     Sampler("Euler a", euler_ancestral, aliases=("euler_ancestral",)),
     Sampler("Euler", euler),
+    Sampler("LMS", lms),
+    Sampler("Heun", heun, evaluations=2),
+    Sampler("DPM2", dpm_2, "karras", evaluations=2, discard_penultimate=True),
+    Sampler(
+        "DPM2 a",
+        dpm_2_ancestral,
+        "karras",
+        evaluations=2,
+        discard_penultimate=True,
+        aliases=("dpm_2_ancestral",),
+    ),
+    # The web UI runs these two with eta 1, the papers and k-diffusion with 0.
+    Sampler("DPM fast", partial(dpm_fast, eta=1.0)),
+    Sampler("DPM adaptive", partial(dpm_adaptive, eta=1.0), evaluations=3, aliases=("dpm_ad",)),
+    Sampler("Restart", restart, "karras", evaluations=2),
+    Sampler("DDIM", ddim, "ddim_uniform", unit_start=True),
+    Sampler("DDPM", ddpm, unit_start=True),
+    Sampler("PLMS", plms, "ddim_uniform", unit_start=True, aliases=("pndm",)),
+    Sampler("UniPC", unipc, "sgm_uniform", unit_start=True, aliases=("uni_pc",)),
+    Sampler("DEIS", deis, "karras"),
+    Sampler("IPNDM", ipndm),
+    Sampler("IPNDM V", ipndm_v),
+    Sampler("HeunPP2", heunpp2, evaluations=3),
+    Sampler("LCM", lcm, "turbo"),
 )
 
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _SAMPLERS}

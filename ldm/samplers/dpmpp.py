@@ -19,9 +19,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ldm.denoise import Denoise
 from ldm.errors import SamplerError
 from ldm.noise import Noise
-from ldm.samplers.step import Denoise, Step, ancestral_step
+from ldm.samplers.step import Step, ancestral_step
 
 
 def _mix(x: Tensor, denoised: Tensor, keep: float) -> Tensor:

@@ -7,8 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ldm.denoise import Denoise
 from ldm.noise import Noise
-from ldm.samplers.step import Denoise, Step, ancestral_step
+from ldm.samplers.step import Churn, Step, ancestral_step
 
 
 @torch.no_grad()
@@ -56,24 +57,3 @@ def euler_ancestral(
         if up:
             x = x + noise(sigma, sigma_next) * (s_noise * up)
         yield Step(i, sigma, sigma_next, x, denoised)
-
-
-class Churn:
-    """Lifts x to a higher noise level before a step. Karras et al. 2022, algorithm 2, lines 4 to 6.
-
-    gamma: the relative lift, at most sqrt(2) - 1. low, high: the levels between which it is done.
-    """
-
-    def __init__(self, noise: Noise, gamma: float, low: float, high: float, s_noise: float):
-        self.noise, self.gamma, self.low, self.high, self.s_noise = noise, gamma, low, high, s_noise
-
-    def __call__(self, x: Tensor, sigma: float) -> tuple[Tensor, float]:
-        """x at sigma -> x and the level it was lifted to."""
-        if not self.gamma:
-            return x, sigma
-        # Asked for at every step, inside the window or not, so that the window does not shift the noise.
-        noise = self.noise(sigma, sigma)
-        if not self.low <= sigma <= self.high:
-            return x, sigma
-        sigma_hat = sigma * (1 + min(self.gamma, math.sqrt(2) - 1))
-        return x + noise * (self.s_noise * math.sqrt(sigma_hat**2 - sigma**2)), sigma_hat
