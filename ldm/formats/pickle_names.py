@@ -1,0 +1,261 @@
+"""What the names in a pickled checkpoint mean: inert records, a few functions re-told here, and nothing else.
+
+torch.save writes "call torch._utils._rebuild_tensor_v2 with these arguments". Nothing of that name is ever
+called: `find` maps an exact (module, name) pair to a function of this file, which checks its arguments and
+returns a record. Classes of the frameworks that wrote the old checkpoints become `Opaque`. Every other name
+is refused.
+
+What torch.save writes: torch/_utils.py and torch/_tensor.py in
+https://github.com/pytorch/pytorch/tree/v2.10.0.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ldm.errors import CheckpointError
+from ldm.formats.mapped import printable
+
+PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
+MAX_KEY = 1 << 31  # integers as dict keys: below that, their hashes cannot be made to collide
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """The bytes that the container keeps under `key`: `numel` elements of `dtype`."""
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A view of a storage, not yet checked against the bytes that exist."""
+
+    storage: StorageRef
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    conjugate: bool = False
+    negative: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Opaque:
+    """Where an object of a class that we do not build would be: its class name, arguments and state."""
+
+    name: str
+    args: tuple = ()
+    state: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpaqueClass:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class StorageClass:
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One of the callables below; it takes the argument tuple that a pickle passes."""
+
+    name: str
+    call: Callable[[tuple], Any]
+
+
+def misuse(name: str) -> CheckpointError:
+    return CheckpointError(f"its pickle calls {name} in a way that no weight file does; do not use this file")
+
+
+def is_shape(numbers: object) -> bool:
+    return isinstance(numbers, tuple) and all(type(n) is int for n in numbers)
+
+
+def tensor_v2(args: tuple) -> TensorRef:
+    """storage, offset, shape, stride, requires_grad, backward_hooks[, metadata]"""
+    match args:
+        case (StorageRef() as storage, int(offset), shape, stride, *rest) if is_shape(shape) and is_shape(
+            stride
+        ):
+            flags = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
+            bits = flags.get("conj") is True, flags.get("neg") is True
+            return TensorRef(storage, storage.dtype, offset, shape, stride, *bits)
+    raise misuse("_rebuild_tensor")
+
+
+def tensor_v3(args: tuple) -> TensorRef:
+    """As v2, with a dtype after the backward hooks and a storage of plain bytes."""
+    match args:
+        case (*head, bool() as grad, hooks, torch.dtype() as dtype) if len(head) == 4:
+            return replace(tensor_v2((*head, grad, hooks)), dtype=dtype)
+        case (*head, bool() as grad, hooks, torch.dtype() as dtype, metadata) if len(head) == 4:
+            return replace(tensor_v2((*head, grad, hooks, metadata)), dtype=dtype)
+    raise misuse("_rebuild_tensor_v3")
+
+
+def parameter(args: tuple) -> TensorRef:
+    """tensor, requires_grad, backward_hooks[, state]"""
+    match args:
+        case (TensorRef() as tensor, *_):
+            return tensor
+    raise misuse("_rebuild_parameter")
+
+
+def tensor_subclass(args: tuple) -> TensorRef:
+    """rebuild function, class, its arguments, state: the class and the state are dropped"""
+    match args:
+        case (Function(call=call), _, tuple(inner), *_) if call in (tensor_v2, tensor_v3, parameter):
+            return call(inner)
+    raise misuse("_rebuild_from_type_v2")
+
+
+def mapping(args: tuple) -> dict:
+    """OrderedDict, Counter, defaultdict: a dict. Python 2 gave OrderedDict a list of [key, value]."""
+    match args:
+        case () | (OpaqueClass(),):
+            return {}
+        case (dict(counts),):
+            return counts
+        case (list(items),) if all(isinstance(item, (list, tuple)) and len(item) == 2 for item in items):
+            return {key: value for key, value in items if is_key(key)}
+    raise misuse("OrderedDict")
+
+
+def sequence(args: tuple) -> list | tuple:
+    """torch.Size and sets: the list or tuple they are made from, unhashed."""
+    match args:
+        case ():
+            return []
+        case (list() | tuple() as items,):
+            return items
+    raise misuse("Size or set")
+
+
+def encoded(args: tuple) -> bytes:
+    """Bytes, as protocols below 3 spell them: a text of the first 256 characters."""
+    match args:
+        case ():
+            return b""
+        case (bytes(raw),):
+            return raw
+        case (str(text), "latin1" | "latin-1") if text.isascii() or max(text) < "\u0100":
+            return text.encode("latin-1")
+    raise misuse("_codecs.encode")
+
+
+def complex_number(args: tuple) -> complex:
+    match args:
+        case (float(real), float(imaginary)):
+            return complex(real, imaginary)
+    raise misuse("complex")
+
+
+def device(args: tuple) -> str:
+    match args:
+        case (str(name), *_):
+            return name
+    raise misuse("torch.device")
+
+
+def numpy_scalar(args: tuple) -> Any:
+    """dtype, bytes: a Python number for the plain types, else Opaque"""
+    match args:
+        case (Opaque(name="numpy.dtype", args=(str(code), *_), state=(_, "<" | "|", *_)), bytes(raw)):
+            letter = NUMPY_CODES.get(code)
+            if letter and len(raw) == struct.calcsize(letter):
+                return struct.unpack(f"<{letter}", raw)[0]
+    return Opaque("numpy scalar")
+
+
+NUMPY_CODES = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "b1": "?"}
+BUILTINS = ("builtins", "__builtin__")  # the second is their name in Python 2, and in protocols below 3
+
+FUNCTIONS: dict[tuple[str, str], Callable[[tuple], Any]] = {
+    ("torch._utils", "_rebuild_tensor"): tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v2"): tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): tensor_subclass,
+    ("torch", "Size"): sequence,
+    ("torch", "device"): device,
+    ("collections", "OrderedDict"): mapping,
+    ("collections", "Counter"): mapping,
+    ("collections", "defaultdict"): mapping,
+    ("_codecs", "encode"): encoded,
+    ("numpy.core.multiarray", "scalar"): numpy_scalar,
+    ("numpy._core.multiarray", "scalar"): numpy_scalar,
+    **{(module, name): sequence for module in BUILTINS for name in ("set", "frozenset")},
+    **{(module, name): encoded for module in BUILTINS for name in ("bytes", "bytearray")},
+    **{(module, "complex"): complex_number for module in BUILTINS},
+}
+
+# Classes that may be named, and even "called": the result is an Opaque record. OmegaConf's containers, which
+# Lightning stores as hyper-parameters, name typing.Any and the built-in types.
+OPAQUE_ROOTS = {"pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "ldm", "taming", "sgm"}
+OPAQUE_NAMES = {
+    ("torch", "Tensor"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch.nn.modules.container", "ParameterDict"),
+    ("numpy", "dtype"),
+    ("typing", "Any"),
+    *(
+        (module, name)
+        for module in BUILTINS
+        for name in ("dict", "list", "tuple", "str", "int", "long", "float", "bool")
+    ),
+}
+
+# torch's element types by the names of their storage classes.
+STORAGES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexDouble": torch.complex128,
+    "ComplexFloat": torch.complex64,
+    "Untyped": torch.uint8,
+}
+NEW_DTYPES = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
+NEW_DTYPES += (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*STORAGES.values(), *NEW_DTYPES)}
+
+
+def find(module: str, name: str) -> Any:
+    """What a global name means here. Raises CheckpointError if a weight file has no business with it."""
+    if function := FUNCTIONS.get((module, name)):
+        return Function(name, function)
+    if module == "torch" and name in DTYPES:
+        return DTYPES[name]
+    if (
+        module in ("torch", "torch.storage")
+        and name.removesuffix("Storage") in STORAGES
+        and name.endswith("Storage")
+    ):
+        return StorageClass(STORAGES[name.removesuffix("Storage")])
+    if module.split(".")[0] in OPAQUE_ROOTS or (module, name) in OPAQUE_NAMES:
+        return OpaqueClass(f"{module}.{name}")
+    shown = printable(f"{module}.{name}", 50)
+    raise CheckpointError(f"its pickle names {shown}, which no weight file needs; do not use this file")
+
+
+def is_key(key: object) -> bool:
+    """Whether a dict keeps `key`: anything else could make hashing slow, and is dropped with its value."""
+    return isinstance(key, (str, bytes, bool)) or key is None or (type(key) is int and abs(key) < MAX_KEY)
