@@ -97,7 +97,9 @@ class Run:
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
         config = json.dumps(asdict(self.config))
-        write_safetensors(self.state_path, tensors, {"step": str(self.step), "config": config})
+        write_safetensors(
+            self.state_path, tensors, {"step": str(self.step), "config": config}, overwrite=True
+        )
 
     def resume(self) -> bool:
         """Go on from the saved state, if there is one.
