@@ -2,7 +2,7 @@
 
 The transformer was trained with the diffusion model and shares only its vocabulary with BERT: attention is
 not causal, and nothing marks the padding, so that every text attends to it, as in training. Parameter names
-are those of the checkpoint below `cond_stage_model.transformer.`.
+are those of the checkpoint below `cond_stage_model.`.
 
 Rombach et al. 2022, arXiv:2112.10752, section 4.3.1; tokens: Devlin et al. 2019, arXiv:1810.04805.
 """
@@ -84,10 +84,9 @@ class AttentionLayers(nn.Module):
         return x
 
 
-class BertTextModel(nn.Module):
+class Transformer(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.config = config
         self.token_emb = nn.Embedding(config.vocab_size, config.width)
         self.pos_emb = PositionEmbedding(config)
         self.attn_layers = AttentionLayers(config)
@@ -96,8 +95,18 @@ class BertTextModel(nn.Module):
         self.to_logits = nn.Linear(config.width, config.vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Encode texts: tokens (B, N) int64, N up to 77, to states (B, N, D) for cross-attention."""
         return self.norm(self.attn_layers(self.token_emb(tokens) + self.pos_emb(tokens)))
+
+
+class BertTextModel(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Encode texts: tokens (B, N) int64, N up to 77, to states (B, N, D) for cross-attention."""
+        return self.transformer(tokens)
 
 
 # Blocks in which every character is a word of its own.

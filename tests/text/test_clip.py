@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.errors import RequestError
 from ldm.text import openclip_names
 from ldm.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipTextConfig, ClipTextModel
-from tests.golden import golden
+from tests.golden import golden, module_case
 
 
 def assert_equal_to_original(actual: Tensor, expected: Tensor) -> None:
@@ -23,28 +22,22 @@ def assert_equal_to_original(actual: Tensor, expected: Tensor) -> None:
 TINY = ClipTextConfig(width=32, layers=3, heads=2, vocab_size=600)
 
 
-def case(name: str, prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights below `prefix` in float32, and the inputs and outputs."""
-    tensors = load_file(golden(f"modules/{name}.safetensors"))
-    start = f"weights/{prefix}"
-    weights = {
-        key.removeprefix(start): tensor.float()
-        for key, tensor in tensors.items()
-        if key.startswith(start) and not key.endswith("position_ids")
-    }
-    return weights, {key: tensor for key, tensor in tensors.items() if not key.startswith("weights/")}
+def openclip_weights(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    weights, values = module_case(name)
+    del weights["model.logit_scale"]
+    return {key.removeprefix("model."): tensor for key, tensor in weights.items()}, values
 
 
 def openclip_case(name: str, projection_dim: int) -> tuple[ClipTextModel, dict[str, Tensor]]:
-    weights, values = case(name, "model.")
-    del weights["logit_scale"]
+    weights, values = openclip_weights(name)
     model = ClipTextModel(replace(TINY, projection_dim=projection_dim))
     model.load_state_dict(openclip_names.to_hf(weights))
     return model.requires_grad_(False), values
 
 
 def test_clip_l_equals_the_original_at_every_clip_skip():
-    weights, values = case("clip_text_l_quick_gelu", "")
+    weights, values = module_case("clip_text_l_quick_gelu")
+    del weights["text_model.embeddings.position_ids"]
     model = ClipTextModel(replace(TINY, quick_gelu=True)).requires_grad_(False)
     model.load_state_dict(weights)
     tokens = values["in/input_ids"]
@@ -177,7 +170,7 @@ def test_names_and_shapes_are_those_of_the_checkpoint(
 
 
 def test_openclip_names_there_and_back_are_the_same_bits():
-    weights, _ = case("openclip_text_sdxl_bigg_style", "model.")
+    weights, _ = openclip_weights("openclip_text_sdxl_bigg_style")
     back = openclip_names.to_openclip(openclip_names.to_hf(weights))
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
