@@ -1,0 +1,206 @@
+"""What the members of the Stable Diffusion family have in common, as a record to fill in.
+
+A `Family` holds what the shapes of the weights do not tell (heads, noise schedule, scaling of the latents,
+default settings), which names its checkpoints use, and how it turns a prompt into conditioning.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.denoise import Conditioning, Prediction
+from ldm.errors import PromptError
+from ldm.families.infer import Shapes
+from ldm.schedules import NoiseSchedule
+from ldm.text.bert import BertTextModel, WordPiece
+from ldm.text.clip import ClipTextModel
+from ldm.text.tokenizer import END, Tokenizer
+from ldm.unet import timestep_embedding
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipPart:
+    """A CLIP text encoder inside a checkpoint, and how the family uses it."""
+
+    prefix: str
+    openclip: bool = False  # the layout of the names: open_clip's, or Hugging Face's
+    quick_gelu: bool = False
+    pad_id: int = END  # open_clip's models were trained with zeros after END
+    skip: int = 1  # which layer's states to take, from the end; the user's clip skip if that is given
+    final_norm: bool = True
+    pooled: bool = False  # the family uses the vector of the whole text, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertPart:
+    """The text encoder of text2image-large."""
+
+    prefix: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPart:
+    """A table with one vector for each class: the "text encoder" of class-conditional models."""
+
+    prefix: str
+
+
+Part = ClipPart | BertPart | ClassPart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What a prompt's conditioning may depend on beside the prompt."""
+
+    width: int  # pixels
+    height: int
+    negative: bool  # this is the negative prompt
+    clip_skip: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    name: str  # short, for code and metadata: "sd1"
+    title: str  # for people: "Stable Diffusion 1.x"
+    parts: tuple[Part, ...]  # the text encoders
+    in_channels: int  # of the UNet: tells inpainting, depth and the like apart
+    context_dims: tuple[
+        int, ...
+    ] = ()  # widths of the published models, to recognise a file without text encoder
+    only_context_dims: bool = False  # ... and no other width belongs to this family
+
+    num_heads: int | None = None  # as in UNetConfig: one of the two
+    head_dim: int | None = None
+    schedule: Callable[[], NoiseSchedule] = NoiseSchedule.scaled_linear
+    prediction: Prediction | None = Prediction.EPS  # None: both exist, and the names do not tell
+    scale: float = 0.18215  # as in VAEConfig
+
+    size: int = 512  # default width and height, pixels
+    size_v: int | None = None  # the same for a v-predicting model, where that differs
+    steps: int = 20
+    sampler: str = "DPM++ 2M Karras"
+    cfg_scale: float = 7.0
+
+    vector: Callable[[Tensor, Picture], Tensor] | None = None  # pooled text (B, P), sizes -> (B, V)
+    zero_empty_negative: bool = False  # an empty negative prompt is zeros instead of the encoded ""
+    needs: str | None = None  # what a run needs beside a prompt ("a depth picture"); None: text alone will do
+    grey_concat: bool = False  # without a picture, the further channels are a full mask and a grey picture
+
+    def recognise(self, shapes: Shapes) -> bool:
+        """Whether a file with these names and shapes is of this family."""
+        if shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1:2] != (self.in_channels,):
+            return False
+        keys = (
+            s for name, s in shapes.items() if name.startswith(UNET) and name.endswith("attn2.to_k.weight")
+        )
+        context_dim = next((s[1] for s in keys if len(s) == 2), None)
+        known_width = context_dim in self.context_dims
+        if self.only_context_dims and not known_width:
+            return False
+        if any(name.startswith(("cond_stage_model.", "conditioner.")) for name in shapes):
+            return bool(self.parts) and all(_has(shapes, part) for part in self.parts)
+        return known_width if self.parts else context_dim is None
+
+    def condition(
+        self,
+        encoders: Sequence[nn.Module],
+        tokenizer: "Tokenizer | WordPiece | None",
+        prompt: str,
+        picture: Picture,
+    ) -> Conditioning:
+        """Turn one prompt into the conditioning of a batch of one. Raises PromptError."""
+        if not self.parts:
+            return Conditioning()
+        if isinstance(encoders[0], nn.Embedding):
+            return Conditioning(_class_context(encoders[0], prompt, picture.negative))
+        if isinstance(encoders[0], BertTextModel):
+            if tokenizer is None:
+                raise PromptError(
+                    "this model reads BERT's tokens; load it with vocabulary= (bert-base-uncased's vocab.txt)"
+                )
+            tokens = _on(encoders[0], [tokenizer.pad(tokenizer.encode(prompt))])
+            return Conditioning(encoders[0](tokens))
+        return self._clip_conditioning(encoders, tokenizer or Tokenizer(), prompt, picture)
+
+    def _clip_conditioning(
+        self,
+        encoders: Sequence[nn.Module],
+        tokenizer: "Tokenizer | WordPiece",
+        prompt: str,
+        picture: Picture,
+    ) -> Conditioning:
+        """Long prompts are cut into chunks of 75 tokens, encoded one by one and put in a row (web UI)."""
+        ids = tokenizer.encode(prompt)
+        contexts, pooled = [], None
+        for encoder, part in zip(encoders, self.parts, strict=True):
+            assert isinstance(encoder, ClipTextModel) and isinstance(part, ClipPart)  # noqa: PT018
+            length = encoder.config.context_length
+            chunks = [ids[i : i + length - 2] for i in range(0, max(1, len(ids)), length - 2)]
+            assert isinstance(tokenizer, Tokenizer)
+            tokens = _on(encoder, [tokenizer.pad(chunk, length, part.pad_id) for chunk in chunks])
+            features = encoder(
+                tokens,
+                skip=picture.clip_skip or part.skip,
+                final_norm=part.final_norm,
+                pooled=part.pooled,
+            )
+            contexts.append(features.hidden.flatten(0, 1).unsqueeze(0))  # (1, chunks * 77, D)
+            if part.pooled:
+                pooled = features.pooled[:1]  # of the first chunk
+        context = torch.cat(contexts, dim=2)
+        if picture.negative and self.zero_empty_negative and not prompt.strip():
+            context = torch.zeros_like(context)
+            pooled = None if pooled is None else torch.zeros_like(pooled)
+        if self.vector is None or pooled is None:
+            return Conditioning(context)
+        return Conditioning(context, self.vector(pooled, picture))
+
+
+def size_embedding(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Each number as 256 sinusoidal features, in a row. Podell et al. 2023, arXiv:2307.01952, section 2.2.
+
+    Returns (1, 256 * len(numbers)) with the dtype and device of `like`.
+    """
+    return (
+        timestep_embedding(torch.tensor(numbers, device=like.device), 256)
+        .flatten()
+        .unsqueeze(0)
+        .to(like.dtype)
+    )
+
+
+def _has(shapes: Shapes, part: Part) -> bool:
+    match part:
+        case ClipPart(openclip=True):
+            return f"{part.prefix}token_embedding.weight" in shapes
+        case ClipPart():
+            return f"{part.prefix}text_model.embeddings.token_embedding.weight" in shapes
+        case BertPart():
+            return f"{part.prefix}token_emb.weight" in shapes
+        case ClassPart():
+            return f"{part.prefix}weight" in shapes
+
+
+def _on(module: nn.Module, tokens: list[list[int]]) -> Tensor:
+    return torch.tensor(tokens, device=next(module.parameters()).device)
+
+
+def _class_context(table: nn.Embedding, prompt: str, negative: bool) -> Tensor:
+    """The vector of a class number, (1, 1, D). The last of 1001 classes is "no class"."""
+    classes = table.num_embeddings
+    text = prompt.strip() or (str(classes - 1) if negative and classes == 1001 else "")
+    if not (text.isascii() and text.isdigit() and int(text) < classes):
+        raise PromptError(
+            f"this model draws classes: the prompt must be a number below {classes}, got {prompt!r}"
+        )
+    return table(_on(table, [[int(text)]]))
+
+
+def strip(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights below `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}

@@ -1,0 +1,35 @@
+"""Stable Diffusion 1.x: one CLIP-L text encoder, 8 heads. Rombach et al. 2022, arXiv:2112.10752."""
+
+from dataclasses import replace
+
+from ldm.denoise import Prediction
+from ldm.families.family import ClipPart, Family
+
+SD1 = Family(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    parts=(ClipPart(prefix="cond_stage_model.transformer.", quick_gelu=True),),
+    in_channels=4,
+    context_dims=(768,),
+    num_heads=8,
+)
+SD1_INPAINT = replace(
+    SD1, name="sd1-inpaint", title="Stable Diffusion 1.x inpainting", in_channels=9, grey_concat=True
+)
+# Brooks et al. 2022, arXiv:2211.09800.
+INSTRUCT_PIX2PIX = replace(
+    SD1, name="pix2pix", title="InstructPix2Pix", in_channels=8, needs="a picture to edit"
+)
+
+# The model inside this package: the layout of Stable Diffusion 1, much narrower (docs/embedded-model.md).
+EMBEDDED = replace(
+    SD1,
+    name="embedded",
+    title="ldm's embedded icon model",
+    context_dims=(128,),
+    only_context_dims=True,
+    num_heads=4,
+    prediction=Prediction.V,
+    size=64,
+    cfg_scale=4.0,
+)

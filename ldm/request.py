@@ -1,0 +1,64 @@
+"""All that decides a picture, in one record."""
+
+import math
+from dataclasses import dataclass, fields
+
+from ldm.errors import RequestError
+
+MAX_SEED = 2**64 - 1  # of torch.Generator.manual_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to draw and how. None means: what the model's family or the sampler prefers.
+
+    Raises RequestError where a number makes no sense for any model.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = 0  # of the first picture; the next ones have seed + 1, seed + 2, ...
+    batch_size: int = 1  # pictures made at once
+    width: int | None = None  # pixels
+    height: int | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None  # strength of guidance; 1 switches it off
+    cfg_rescale: float = 0.0  # 0 to 1, see ldm.guidance.rescaled
+    sampler: str | None = None  # "DPM++ 2M", "DPM++ 2M Karras", "Euler a", ...
+    schedule: str | None = None  # "karras", "exponential", ...; overrules the one in the sampler's name
+    clip_skip: int | None = None  # 1: the last layer of the text encoder, 2: the one before, ...
+
+    # Options of samplers (those that have them) and of schedules.
+    eta: float | None = None
+    s_churn: float | None = None
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    s_noise: float | None = None
+    order: int | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RequestError(f"{field.name} must be a finite number, got {value}")
+        _check("seed", self.seed, 0, MAX_SEED)
+        _check("batch_size", self.batch_size, 1, 1024)
+        _check("steps", self.steps, 1, 10_000)
+        _check("width", self.width, 8, 16_384)
+        _check("height", self.height, 8, 16_384)
+        _check("cfg_scale", self.cfg_scale, 0, 1000)
+        _check("cfg_rescale", self.cfg_rescale, 0, 1)
+        _check("clip_skip", self.clip_skip, 1, 100)
+
+    def sampler_options(self) -> dict[str, float]:
+        """The options of the sampler that were given."""
+        names = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "order")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def _check(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise RequestError(f"{name} must be {low} to {high}, got {value}")
