@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import CheckpointError
-from ldm.formats.mapped import MappedFile
+from ldm.formats.mapped import MappedFile, printable
 from ldm.formats.pickle_names import StorageRef
 from ldm.formats.pickle_reader import Unpickler
 from ldm.formats.rebuild import rebuild
@@ -49,13 +49,16 @@ def read_tree(file: MappedFile) -> Any:
 
 def find_storages(file: MappedFile, keys: Any, at: int, storages: dict[str, StorageRef]) -> dict[str, int]:
     """Where the elements of each storage begin, from byte `at` up to the very end of the file."""
-    if not isinstance(keys, list) or len(keys) != len(storages) or set(map(str, keys)) != storages.keys():
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not texts or len(keys) != len(storages) or set(keys) != storages.keys():
         raise CheckpointError("its list of storages does not fit its tensors; do not use this file")
     starts = {}
     for key in keys:
         storage = storages[key]
         if at + 8 <= file.size and int.from_bytes(file.data[at : at + 8], "little") != storage.numel:
-            raise CheckpointError(f"the storage '{key}' is not of the size that its tensors need")
+            raise CheckpointError(
+                f"the storage '{printable(key, 20)}' is not of the size that its tensors need"
+            )
         starts[key] = at + 8
         at += 8 + storage.numel * storage.dtype.itemsize
         if at > file.size:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.errors import CheckpointError
 
-CHUNK = 1 << 20  # bytes held while a file is read from end to end
+CHUNK = 1 << 18  # bytes held while a file is read from end to end
 PREAD = hasattr(os, "pread")  # Windows has none
 
 

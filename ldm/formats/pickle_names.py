@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from ldm.errors import CheckpointError
 from ldm.formats.mapped import printable
 
 PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
+MAX_ARGS = 8  # of a function below; the longest list of arguments that torch writes
+MAX_DIMENSIONS = 64  # torch's own limit
+MAX_REPEATED = 1_000_000  # bytes that a tensor may hold beyond its storage (one number expanded to a shape)
 MAX_KEY = 1 << 31  # integers as dict keys: below that, their hashes cannot be made to collide
 
 
@@ -36,7 +40,7 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A view of a storage, not yet checked against the bytes that exist."""
+    """A view of a storage, which lies inside it: `checked` has seen to that."""
 
     storage: StorageRef
     dtype: torch.dtype
@@ -78,29 +82,54 @@ def misuse(name: str) -> CheckpointError:
     return CheckpointError(f"its pickle calls {name} in a way that no weight file does; do not use this file")
 
 
+def call(function: Function, args: tuple) -> Any:
+    if len(args) > MAX_ARGS:
+        raise misuse(function.name)
+    return function.call(args)
+
+
 def is_shape(numbers: object) -> bool:
-    return isinstance(numbers, tuple) and all(type(n) is int for n in numbers)
+    return (
+        isinstance(numbers, tuple)
+        and len(numbers) <= MAX_DIMENSIONS
+        and all(type(n) is int and n >= 0 for n in numbers)
+    )
 
 
-def tensor_v2(args: tuple) -> TensorRef:
+def checked(tensor: TensorRef) -> TensorRef:
+    """`tensor`, if each of its elements lies inside its storage. Python's integers do not overflow."""
+    shape, size = tensor.shape, prod(tensor.shape)
+    available = tensor.storage.numel * tensor.storage.dtype.itemsize // tensor.dtype.itemsize
+    if len(shape) != len(tensor.stride) or tensor.offset < 0 or prod(n or 1 for n in shape) >= 1 << 63:
+        raise CheckpointError("a tensor of it has an impossible shape; do not use this file")
+    last = tensor.offset + sum((n - 1) * step for n, step in zip(shape, tensor.stride, strict=True))
+    if size and last >= available:
+        raise CheckpointError(f"a tensor of it reaches element {last} of {available}; do not use this file")
+    if size > available and size * tensor.dtype.itemsize > MAX_REPEATED:
+        raise CheckpointError(f"a tensor of it repeats {available} numbers to {size}; do not use this file")
+    return tensor
+
+
+def tensor_v2(args: tuple, dtype: torch.dtype | None = None) -> TensorRef:
     """storage, offset, shape, stride, requires_grad, backward_hooks[, metadata]"""
     match args:
-        case (StorageRef() as storage, int(offset), shape, stride, *rest) if is_shape(shape) and is_shape(
-            stride
+        case (StorageRef() as storage, int(offset), shape, stride, *rest) if all(
+            map(is_shape, (shape, stride))
         ):
+            dtype = dtype or storage.dtype
             flags = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
-            bits = flags.get("conj") is True, flags.get("neg") is True
-            return TensorRef(storage, storage.dtype, offset, shape, stride, *bits)
+            conjugate, negative = flags.get("conj") is True, flags.get("neg") is True
+            if negative and not (dtype.is_floating_point or dtype.is_complex):
+                raise misuse("_rebuild_tensor")
+            return checked(TensorRef(storage, dtype, offset, shape, stride, conjugate, negative))
     raise misuse("_rebuild_tensor")
 
 
 def tensor_v3(args: tuple) -> TensorRef:
     """As v2, with a dtype after the backward hooks and a storage of plain bytes."""
     match args:
-        case (*head, bool() as grad, hooks, torch.dtype() as dtype) if len(head) == 4:
-            return replace(tensor_v2((*head, grad, hooks)), dtype=dtype)
-        case (*head, bool() as grad, hooks, torch.dtype() as dtype, metadata) if len(head) == 4:
-            return replace(tensor_v2((*head, grad, hooks, metadata)), dtype=dtype)
+        case (storage, offset, shape, stride, grad, hooks, torch.dtype() as dtype, *metadata):
+            return tensor_v2((storage, offset, shape, stride, grad, hooks, *metadata), dtype)
     raise misuse("_rebuild_tensor_v3")
 
 
@@ -115,8 +144,12 @@ def parameter(args: tuple) -> TensorRef:
 def tensor_subclass(args: tuple) -> TensorRef:
     """rebuild function, class, its arguments, state: the class and the state are dropped"""
     match args:
-        case (Function(call=call), _, tuple(inner), *_) if call in (tensor_v2, tensor_v3, parameter):
-            return call(inner)
+        case (Function() as rebuild, _, tuple(inner), *_) if rebuild.call in (
+            tensor_v2,
+            tensor_v3,
+            parameter,
+        ):
+            return call(rebuild, inner)
     raise misuse("_rebuild_from_type_v2")
 
 

@@ -17,12 +17,23 @@ from typing import Any, Protocol
 
 from ldm.errors import CheckpointError
 from ldm.formats.mapped import printable
-from ldm.formats.pickle_names import Function, Opaque, OpaqueClass, StorageClass, StorageRef, find, is_key
+from ldm.formats.pickle_names import (
+    Function,
+    Opaque,
+    OpaqueClass,
+    StorageClass,
+    StorageRef,
+    call,
+    find,
+    is_key,
+)
 
 BUDGET = 40_000_000  # bytes of Python objects, roughly; an opcode costs at least OPCODE_COST of it
 OPCODE_COST = 20
 CONTAINER_COST = 64
+CALL_COST = 400
 MAX_TEXT = 4_000_000  # bytes of one text
+MAX_NAME = 500  # characters of a global name
 
 
 class Buffer(Protocol):
@@ -36,8 +47,8 @@ class Buffer(Protocol):
 class Unpickler:
     """Reads one pickle of `data`, from byte `start` on. Afterwards `at` is the byte after it."""
 
-    def __init__(self, data: Buffer, start: int = 0, budget: int = BUDGET) -> None:
-        self.data, self.at, self.end, self.budget = data, start, len(data), budget
+    def __init__(self, data: Buffer, start: int = 0) -> None:
+        self.data, self.at, self.end, self.budget = data, start, len(data), BUDGET
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each MARK
         self.memo: dict[int, Any] = {}
@@ -84,7 +95,7 @@ class Unpickler:
 
     def line(self) -> str:
         """A text that ends with a newline."""
-        end = self.data.find(b"\n", self.at, min(self.at + 500, self.end))
+        end = self.data.find(b"\n", self.at, min(self.at + MAX_NAME, self.end))
         if end < 0:
             raise damaged()
         return decoded(self.take(end + 1 - self.at)[:-1])
@@ -168,7 +179,7 @@ class Unpickler:
         self.push(line == "01" if line in ("00", "01") else int(line.removesuffix("L")))
 
     def global_name(self, module: object, name: object) -> None:
-        if not (isinstance(module, str) and isinstance(name, str)):
+        if not (isinstance(module, str) and isinstance(name, str) and len(module) + len(name) <= MAX_NAME):
             raise damaged()
         self.spend(CONTAINER_COST)
         self.push(find(module, name))
@@ -178,14 +189,16 @@ class Unpickler:
         function = self.stack.pop()
         if not isinstance(args, tuple):
             raise damaged()
+        self.spend(CALL_COST)
         match function:
             case OpaqueClass(name=name):
-                self.spend(CONTAINER_COST)
                 self.push(Opaque(name, args))
-            case Function(call=call):
-                size = max((len(arg) for arg in args if isinstance(arg, (str, list))), default=0)
-                self.spend(2 * CONTAINER_COST + 50 * size)
-                self.push(call(args))
+            case Function():
+                for arg in args[:1]:  # the only one whose size can count: a text to encode, items of a dict
+                    self.spend(
+                        len(arg) if isinstance(arg, str) else 50 * len(arg) if isinstance(arg, list) else 0
+                    )
+                self.push(call(function, args))
             case _:
                 raise CheckpointError("its pickle calls something that is no function; do not use this file")
 

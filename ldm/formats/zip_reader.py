@@ -11,6 +11,7 @@ first or after the end.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zlib
@@ -33,10 +34,10 @@ END64 = struct.Struct("<4sQ2H2L4Q")  # [4.3.14]
 LOCATOR64 = struct.Struct("<4sLQL")  # [4.3.15]
 END = struct.Struct("<4s4H2LH")  # [4.3.16]
 STORED, DEFLATED = 0, 8
-ENCRYPTED = 1 << 0
 SIZES_FOLLOW = 1 << 3  # the local header may leave CRC and sizes to a record after the data
+USUAL = SIZES_FOLLOW | 1 << 1 | 1 << 2 | 1 << 11  # flags of compression effort and of UTF-8 names
 SATURATED = 0xFFFFFFFF  # of a 32-bit field: the value is in the zip64 extra field
-MAX_MEMBERS = 100_000
+MAX_MEMBERS = 50_000
 MAX_NAME = 500
 MAX_PICKLE = 16_000_000
 MAX_INFLATED = 32_000_000  # bytes of deflated members, beside 16 times the file: weights hardly compress
@@ -52,7 +53,7 @@ class Member(NamedTuple):
     size: int
     crc: int
     method: int
-    encrypted: bool
+    unusual: bool
 
 
 def read_tree(file: MappedFile) -> Any:
@@ -68,30 +69,34 @@ def read_tree(file: MappedFile) -> Any:
     folder = pickles[0].removesuffix("data.pkl")
     if order := members.get(f"{folder}byteorder"):
         check_little_endian(unpacked(file, order, limit=10))
-    inflated = sum(
-        m.size for m in members.values() if m.method == DEFLATED and m.name.startswith(f"{folder}data/")
-    )
-    if inflated > MAX_INFLATED + 16 * file.size:
+    pickled = Unpickler(unpacked(file, members[pickles[0]], MAX_PICKLE))
+    tree = pickled.load()
+    found = {key: find_storage(members, folder, storage) for key, storage in pickled.storages.items()}
+    if sum(m.size for m in found.values() if m.method == DEFLATED) > MAX_INFLATED + 16 * file.size:
         raise CheckpointError("it unpacks to far more than weights can; do not use this file")
+    check_stored(file, members.values())
 
     def storage_bytes(storage: StorageRef) -> Tensor:
-        member = members.get(f"{folder}data/{storage.key}")
-        if member is None or not re.fullmatch("[0-9]+", storage.key):
-            raise CheckpointError(f"its storage '{printable(storage.key, 20)}' is missing; download it again")
-        size = storage.numel * storage.dtype.itemsize
-        if member.size != size:
-            raise CheckpointError(
-                f"its storage '{storage.key}' has {member.size} bytes where {size} are needed"
-            )
-        check_readable(member)
-        if member.method == STORED or size == 0:
-            return file.tensor(storage.dtype, member.start, storage.numel).view(torch.uint8)
-        return torch.frombuffer(inflate(file, member), dtype=torch.uint8)
+        member = found[storage.key]
+        if member.method == DEFLATED and storage.numel:
+            return torch.frombuffer(inflate(file, member), dtype=torch.uint8)
+        return file.tensor(storage.dtype, member.start, storage.numel).view(torch.uint8)
 
-    pickled = Unpickler(unpacked(file, members[pickles[0]], MAX_PICKLE))
-    tree = rebuild(pickled.load(), storage_bytes)
-    check_stored(file, members.values())
-    return tree
+    return rebuild(tree, storage_bytes)
+
+
+def find_storage(members: dict[str, Member], folder: str, storage: StorageRef) -> Member:
+    """The member that holds a storage, and holds exactly that many bytes."""
+    member = members.get(f"{folder}data/{storage.key}")
+    if member is None or not re.fullmatch("[0-9]+", storage.key):
+        raise CheckpointError(f"its storage '{printable(storage.key, 20)}' is missing; download it again")
+    size = storage.numel * storage.dtype.itemsize
+    if member.size != size:
+        raise CheckpointError(
+            f"its storage {storage.key[:20]} has {member.size} bytes where {size} are needed"
+        )
+    check_readable(member)
+    return member
 
 
 def read_directory(file: MappedFile) -> dict[str, Member]:
@@ -181,7 +186,7 @@ def read_member(file: MappedFile, at: int, end: int) -> tuple[Member, int]:
         name = raw.decode()
     except UnicodeDecodeError:
         raise damaged() from None
-    return Member(header, start, start + packed, name, size, crc, method, bool(flags & ENCRYPTED)), following
+    return Member(header, start, start + packed, name, size, crc, method, bool(flags & ~USUAL)), following
 
 
 def widened(extra: bytes, *values: int) -> tuple[int, ...]:
@@ -199,8 +204,8 @@ def widened(extra: bytes, *values: int) -> tuple[int, ...]:
 
 
 def check_readable(member: Member) -> None:
-    if member.encrypted or member.method not in (STORED, DEFLATED):
-        raise CheckpointError("the zip archive is encrypted or packed in an unknown way; unpack it first")
+    if member.unusual or member.method not in (STORED, DEFLATED):
+        raise CheckpointError("the zip archive is encrypted or packed in an unusual way; unpack it first")
 
 
 def check_little_endian(order: bytes | bytearray) -> None:
@@ -210,10 +215,15 @@ def check_little_endian(order: bytes | bytearray) -> None:
 
 def check_stored(file: MappedFile, members: Iterable[Member]) -> None:
     """Compare the CRC-32 of every stored member, known or not: damage anywhere is seen."""
-    stored = [m for m in members if m.method == STORED and not m.encrypted]
-    with ThreadPoolExecutor() as threads:
-        for member, crc in zip(stored, threads.map(lambda m: file.crc(m.start, m.end), stored), strict=True):
-            if crc != member.crc:
+    stored = [member for member in members if member.method == STORED]
+    workers = os.cpu_count() or 1
+
+    def first_damaged(share: list[Member]) -> Member | None:
+        return next((m for m in share if file.crc(m.start, m.end) != m.crc), None)
+
+    with ThreadPoolExecutor(workers) as threads:
+        for member in threads.map(first_damaged, [stored[i::workers] for i in range(workers)]):
+            if member:
                 raise CheckpointError(f"{printable(member.name)} inside it is damaged; download it again")
 
 
