@@ -73,7 +73,7 @@ X4_UPSCALER_UNET = replace(
     depth=(0, 1, 1, 1),
     num_heads=8,
     head_dim=None,
-    cross_only=(True, True, True, False),
+    cross_only=(False, True, True, False),
     num_classes=1000,
 )
 

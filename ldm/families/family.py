@@ -181,7 +181,7 @@ def _has(shapes: Shapes, part: Part) -> bool:
         case ClipPart():
             return f"{part.prefix}text_model.embeddings.token_embedding.weight" in shapes
         case BertPart():
-            return f"{part.prefix}token_emb.weight" in shapes
+            return f"{part.prefix}transformer.token_emb.weight" in shapes
         case ClassPart():
             return f"{part.prefix}weight" in shapes
 

@@ -129,13 +129,13 @@ def clip_config(shapes: Shapes, *, quick_gelu: bool) -> ClipTextConfig:
 def bert_config(shapes: Shapes) -> BertConfig:
     """The configuration of the BERT-style encoder of text2image-large."""
     try:
-        vocab_size, width = shapes["token_emb.weight"]
+        vocab_size, width = shapes["transformer.token_emb.weight"]
         return BertConfig(
             width=width,
             # Attention and feed-forward are layers of their own, in turn.
-            layers=length(shapes, "attn_layers.layers.{}.0.weight") // 2,
+            layers=length(shapes, "transformer.attn_layers.layers.{}.0.weight") // 2,
             vocab_size=vocab_size,
-            context_length=shapes["pos_emb.emb.weight"][0],
+            context_length=shapes["transformer.pos_emb.emb.weight"][0],
         )
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"the text encoder is incomplete: no sense in {error}") from None

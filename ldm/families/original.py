@@ -14,7 +14,7 @@ def _first_schedule() -> NoiseSchedule:
 TEXT2IMAGE_LARGE = Family(
     name="text2image-large",
     title="latent diffusion text2image-large",
-    parts=(BertPart(prefix="cond_stage_model.transformer."),),
+    parts=(BertPart(prefix="cond_stage_model."),),
     in_channels=4,
     num_heads=8,
     size=256,

@@ -1,0 +1,281 @@
+"""From a weight file to `Models`: names and shapes -> family -> rename -> build on meta -> strict assignment.
+
+No network, no configuration file: names and shapes decide. Tensors stay in the file's memory map until they
+are needed, and a part is built without memory of its own, so that loading costs about the bytes of the file,
+once.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm.denoise import Denoiser, Prediction
+from ldm.errors import CheckpointError, RequestError
+from ldm.families import ClassPart, ClipPart, Family, recognise
+from ldm.families.family import UNET, VAE, BertPart, Part, strip
+from ldm.families.infer import bert_config, clip_config, unet_config, vae_config
+from ldm.formats import WeightFile, read
+from ldm.formats.mapped import printable
+from ldm.models import V_MARKER, ZERO_SNR_MARKER, Models
+from ldm.text.bert import BertTextModel, WordPiece
+from ldm.text.clip import ClipTextModel
+from ldm.text.openclip_names import to_hf
+from ldm.text.tokenizer import Tokenizer
+from ldm.unet import UNet
+from ldm.vae import AutoencoderKL, VQModel
+
+DEFAULT_MODEL = Path(__file__).parent / "default_model.safetensors"
+
+DROPPED = (
+    (r"model_ema\..*", "moving averages of the UNet; `ema=True` takes them in its place"),
+    (r".*position_ids", "0, 1, 2, ... , stored by old versions of transformers"),
+    (r"(.*\.)?(logit_scale|attn_mask)", "used by CLIP's training and by no text encoder"),
+    (r"(.*\.)?loss\..*", "the training losses' own networks (LPIPS, discriminator)"),
+    (r"depth_model\..*", "MiDaS: makes depth pictures, and is a program of its own"),
+    (r"low_scale_model\..*", "the noise schedule of the x4 upscaler's input, which is computed"),
+    (r"denoiser\.sigmas", "the noise schedule, which is computed"),
+    (
+        r"(model\.)?(betas|.*alphas_cumprod.*|posterior_.*|log_one_minus_.*|lvlb_weights|logvar|scale_factor)",
+        "the noise schedule and other constants of training, which are computed",
+    ),
+    (rf"{V_MARKER}|{ZERO_SNR_MARKER}", "markers, read before"),
+)
+"""(pattern of names, why a loader leaves these weights out)."""
+
+_DROP = re.compile("|".join(pattern for pattern, _ in DROPPED))
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    prediction: Prediction | str | None = None,
+    ema: bool = False,
+    vocabulary: str | os.PathLike[str] | None = None,
+) -> Models:
+    """Load a checkpoint of any known family.
+
+    path: a .safetensors or .ckpt file in the original layout, whole or only its UNet; None: the embedded
+        model.
+    dtype: of UNet and text encoders; None: float16 on CUDA, else float32. The VAE is always float32: some
+        overflow in float16, and it runs once.
+    vae: another file to take the autoencoder from.
+    prediction: "eps" or "v", to overrule what the file says.
+    ema: take the averaged UNet weights, where the file holds both.
+    vocabulary: BERT's vocab.txt, which text2image-large needs for its prompts.
+
+    Raises CheckpointError, one line, if the file is damaged, incomplete or something else.
+    """
+    source = Path(path) if path is not None else DEFAULT_MODEL
+    if path is None and not source.exists():
+        raise CheckpointError("the embedded model is not in this installation; give the path of a checkpoint")
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+
+    file = read(source)
+    weights = _normalised(file)
+    if ema:
+        weights = _with_averages(weights, source)
+    try:
+        family = recognise({name: tuple(w.shape) for name, w in weights.items()})
+        unet = _unet(weights, family, device, dtype)
+        autoencoder = _vae(strip(weights, VAE), family.scale, device)
+        if vae is not None:
+            autoencoder = load_vae(vae, scale=family.scale, device=device)
+        encoders = _encoders(weights, family, device, dtype)
+    except CheckpointError as error:
+        raise _named(source, error) from None
+
+    schedule = family.schedule()
+    if ZERO_SNR_MARKER in weights:
+        schedule = schedule.zero_terminal_snr()
+    known = _prediction(prediction, family, file, weights)
+    denoiser = Denoiser(unet, schedule, known or Prediction.EPS, dtype)
+    if known is None:
+        denoiser = replace(denoiser, prediction=probe_prediction(unet))
+    tokenizer = _tokenizer(family, vocabulary)
+    return Models(family, denoiser, autoencoder, encoders, tokenizer, source)
+
+
+def load_vae(
+    path: str | os.PathLike[str], *, scale: float = 0.18215, device: torch.device | str = "cpu"
+) -> AutoencoderKL | VQModel:
+    """Load an autoencoder from a file of its own or from a whole checkpoint.
+
+    scale: as in VAEConfig; no file says it. Raises CheckpointError.
+    """
+    weights = dict(read(path).tensors)
+    inside = strip(weights, VAE)
+    try:
+        loaded = _vae(inside or weights, scale, torch.device(device))
+    except CheckpointError as error:
+        raise _named(Path(path), error) from None
+    if loaded is None:
+        raise CheckpointError(f"{Path(path).name}: there is no autoencoder in this file")
+    return loaded
+
+
+def _named(path: Path, error: CheckpointError) -> CheckpointError:
+    """The error with the file's name, as one printable line: names of weights come from the file."""
+    return CheckpointError(printable(f"{path.name}: {error}", 200))
+
+
+def _normalised(file: WeightFile) -> dict[str, Tensor]:
+    """The file's weights under the names of a whole checkpoint of today."""
+    weights = dict(file.tensors)
+    if "input_blocks.0.0.weight" in weights:  # only a UNet, without its prefix
+        weights = {UNET + name: w for name, w in weights.items()}
+    clip = "cond_stage_model.transformer."
+    if f"{clip}embeddings.token_embedding.weight" in weights:  # files older than transformers' `text_model`
+        weights = {
+            re.sub(rf"^{re.escape(clip)}(?!text_model)", f"{clip}text_model.", name): w
+            for name, w in weights.items()
+        }
+    return weights
+
+
+def _with_averages(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The UNet's weights replaced by their averages, stored without the dots of the names (CompVis)."""
+    averaged = dict(weights)
+    found = False
+    for name in weights:
+        if name.startswith(UNET):
+            average = "model_ema." + name.removeprefix("model.").replace(".", "")
+            if average in weights:
+                averaged[name] = weights[average]
+                found = True
+    if not found:
+        raise CheckpointError(f"{source.name}: there are no averaged (EMA) weights in this file")
+    return averaged
+
+
+def _build(
+    make: Callable[[], M], weights: Mapping[str, Tensor], part: str, device: torch.device, dtype: torch.dtype
+) -> M:
+    """A module with these weights: built on meta, every name and shape checked, assigned."""
+    with torch.device("meta"):
+        module = make()
+    expected = {name: tuple(w.shape) for name, w in module.state_dict().items()}
+    given = {name: w for name, w in weights.items() if name in expected or not _DROP.fullmatch(name)}
+
+    missing = [name for name in expected if name not in given]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(expected)} {part} weights are missing, first: {_few(missing)}; "
+            "the file is incomplete or another model's"
+        )
+    unexpected = [name for name in given if name not in expected]
+    if unexpected:
+        raise CheckpointError(
+            f"{len(unexpected)} unknown {part} weights, first: {_few(unexpected)}; is it another family's?"
+        )
+    wrong = [name for name in expected if tuple(given[name].shape) != expected[name]]
+    if wrong:
+        shape, right = list(given[wrong[0]].shape), list(expected[wrong[0]])
+        raise CheckpointError(
+            f"{len(wrong)} {part} weights have a wrong shape, first: {_few(wrong[:1])} is {shape}, "
+            f"not {right}"
+        )
+    broken = [name for name, w in given.items() if not torch.isfinite(w.sum(dtype=torch.float32))]
+    if broken:
+        raise CheckpointError(f"{len(broken)} {part} weights hold NaN or infinity, first: {_few(broken)}")
+    module.load_state_dict({name: w.to(device, dtype) for name, w in given.items()}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = [name[:60] for name in names]
+    return ", ".join(listed[:2]) + (" ..." if len(listed) > 2 else "")
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(w.shape) for name, w in weights.items()}
+
+
+def _unet(weights: Mapping[str, Tensor], family: Family, device: torch.device, dtype: torch.dtype) -> UNet:
+    own = strip(weights, UNET)
+    config = unet_config(_shapes(own), num_heads=family.num_heads, head_dim=family.head_dim)
+    return _build(lambda: UNet(config), own, "UNet", device, dtype)
+
+
+def _vae(weights: Mapping[str, Tensor], scale: float, device: torch.device) -> AutoencoderKL | VQModel | None:
+    if "encoder.conv_in.weight" not in weights and "decoder.conv_in.weight" not in weights:
+        return None
+    config = vae_config(_shapes(weights), scale=scale)
+    kind = AutoencoderKL if config.codebook_size is None else VQModel
+    return _build(lambda: kind(config), weights, "VAE", device, torch.float32)
+
+
+def _encoders(
+    weights: Mapping[str, Tensor], family: Family, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, ...]:
+    """The text encoders; none for a file that holds only a UNet."""
+    if not any(strip(weights, part.prefix) for part in family.parts):
+        return ()
+    return tuple(_encoder(strip(weights, part.prefix), part, device, dtype) for part in family.parts)
+
+
+def _encoder(own: Mapping[str, Tensor], part: Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    match part:
+        case ClipPart():
+            if part.openclip:
+                own = to_hf(own)
+            clip = clip_config(_shapes(own), quick_gelu=part.quick_gelu)
+            return _build(lambda: ClipTextModel(clip), own, "text encoder", device, dtype)
+        case BertPart():
+            bert = bert_config(_shapes(own))
+            return _build(lambda: BertTextModel(bert), own, "text encoder", device, dtype)
+        case ClassPart():
+            count, width = own["weight"].shape
+            return _build(lambda: nn.Embedding(count, width), own, "class table", device, dtype)
+
+
+def _tokenizer(family: Family, vocabulary: str | os.PathLike[str] | None) -> Tokenizer | WordPiece | None:
+    if any(isinstance(part, BertPart) for part in family.parts):
+        return None if vocabulary is None else WordPiece(Path(vocabulary))
+    return Tokenizer() if any(isinstance(part, ClipPart) for part in family.parts) else None
+
+
+def _prediction(
+    given: Prediction | str | None, family: Family, file: WeightFile, weights: Mapping[str, Tensor]
+) -> Prediction | None:
+    """What the network predicts: the user's word, a marker, the metadata, the family; None: unknown."""
+    if given is not None:
+        try:
+            return Prediction(given)
+        except ValueError:
+            raise RequestError(f"prediction must be 'eps' or 'v', got {given!r}") from None
+    if V_MARKER in weights:
+        return Prediction.V
+    # The model specification of Stability AI and the trainers that follow it.
+    stated = file.metadata.get("modelspec.prediction_type", "").lower()
+    if stated in ("v", "v_prediction", "epsilon", "eps"):
+        return Prediction.V if stated.startswith("v") else Prediction.EPS
+    return family.prediction
+
+
+@torch.no_grad()
+def probe_prediction(unet: UNet) -> Prediction:
+    """Tell eps from v by one run at the highest noise level, where the two differ most.
+
+    There, almost all of the input is noise: a network for eps gives its input back, one for v (which is
+    about minus the picture) does not. The web UI's probe: a constant input of 0.5, and v if the mean of
+    output minus input lies below -1.
+    """
+    weight = next(unet.parameters())
+    assert unet.config.context_dim is not None
+    x = torch.full((1, unet.config.in_channels, 8, 8), 0.5, dtype=weight.dtype, device=weight.device)
+    context = torch.full((1, 2, unet.config.context_dim), 0.5, dtype=weight.dtype, device=weight.device)
+    output = unet(x, torch.tensor([999.0], device=weight.device), context)
+    return Prediction.V if float((output - x).mean()) < -1 else Prediction.EPS
