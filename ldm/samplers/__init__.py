@@ -6,7 +6,7 @@ update. It works on x = picture + sigma * noise and knows nothing of networks, p
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -18,17 +18,8 @@ from ldm import schedules
 from ldm.denoise import Denoise
 from ldm.errors import SamplerError
 from ldm.noise import Noise
-from ldm.samplers.ddim import ddim, ddpm
-from ldm.samplers.dpm2 import dpm_2, dpm_2_ancestral
-from ldm.samplers.dpm_solver import dpm_adaptive, dpm_fast
-from ldm.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
-from ldm.samplers.euler import euler, euler_ancestral
-from ldm.samplers.heun import heun, heunpp2
-from ldm.samplers.lcm import lcm
-from ldm.samplers.multistep import deis, ipndm, ipndm_v, lms, plms
-from ldm.samplers.restart import restart
+from ldm.samplers import ddim, dpm2, dpm_solver, dpmpp, euler, heun, lcm, multistep, restart, unipc
 from ldm.samplers.step import Step
-from ldm.samplers.unipc import unipc
 from ldm.spacings import ALIASES, SPACINGS
 
 __all__ = ["SAMPLERS", "Sampler", "Step", "parse"]
@@ -80,48 +71,53 @@ class Sampler:
     def __call__(
         self, denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, **options: Any
     ) -> Iterator[Step]:
-        """Run. An option that is None keeps its default; one the method does not have is a SamplerError."""
-        given = {name: value for name, value in options.items() if value is not None}
-        for name in given:
+        """Run. Options as in `check_options`."""
+        self.check_options(options)
+        return self.function(denoise, x, sigmas, noise, **options)
+
+    def check_options(self, names: Iterable[str]) -> None:
+        """Raise SamplerError if the method does not have one of these options."""
+        for name in names:
             if name not in self.options:
                 known = f"it has {', '.join(self.options)}" if self.options else "it has none"
                 raise SamplerError(f"the sampler {self.name!r} has no option {name!r}; {known}")
-        return self.function(denoise, x, sigmas, noise, **given)
 
 
 _SAMPLERS = (
-    Sampler("DPM++ 2M", dpmpp_2m, "karras"),
-    Sampler("DPM++ SDE", dpmpp_sde, "karras", evaluations=2, brownian=True),
-    Sampler("DPM++ 2M SDE", dpmpp_2m_sde, "exponential", brownian=True),
-    Sampler("DPM++ 2M SDE Heun", partial(dpmpp_2m_sde, solver_type="heun"), "exponential", brownian=True),
-    Sampler("DPM++ 2S a", dpmpp_2s_ancestral, "karras", evaluations=2, aliases=("dpmpp_2s_ancestral",)),
-    Sampler("DPM++ 3M SDE", dpmpp_3m_sde, "exponential", brownian=True, discard_penultimate=True),
-    Sampler("Euler a", euler_ancestral, aliases=("euler_ancestral",)),
-    Sampler("Euler", euler),
-    Sampler("LMS", lms),
-    Sampler("Heun", heun, evaluations=2),
-    Sampler("DPM2", dpm_2, "karras", evaluations=2, discard_penultimate=True),
+    Sampler("DPM++ 2M", dpmpp.dpmpp_2m, "karras"),
+    Sampler("DPM++ SDE", dpmpp.dpmpp_sde, "karras", evaluations=2, brownian=True),
+    Sampler("DPM++ 2M SDE", dpmpp.dpmpp_2m_sde, "exponential", brownian=True),
+    Sampler(
+        "DPM++ 2M SDE Heun", partial(dpmpp.dpmpp_2m_sde, solver_type="heun"), "exponential", brownian=True
+    ),
+    Sampler("DPM++ 2S a", dpmpp.dpmpp_2s_ancestral, "karras", evaluations=2, aliases=("dpmpp_2s_ancestral",)),
+    Sampler("DPM++ 3M SDE", dpmpp.dpmpp_3m_sde, "exponential", brownian=True, discard_penultimate=True),
+    Sampler("Euler a", euler.euler_ancestral, aliases=("euler_ancestral",)),
+    Sampler("Euler", euler.euler),
+    Sampler("LMS", multistep.lms),
+    Sampler("Heun", heun.heun, evaluations=2),
+    Sampler("DPM2", dpm2.dpm_2, "karras", evaluations=2, discard_penultimate=True),
     Sampler(
         "DPM2 a",
-        dpm_2_ancestral,
+        dpm2.dpm_2_ancestral,
         "karras",
         evaluations=2,
         discard_penultimate=True,
         aliases=("dpm_2_ancestral",),
     ),
     # The web UI runs these two with eta 1, the papers and k-diffusion with 0.
-    Sampler("DPM fast", partial(dpm_fast, eta=1.0)),
-    Sampler("DPM adaptive", partial(dpm_adaptive, eta=1.0), evaluations=3, aliases=("dpm_ad",)),
-    Sampler("Restart", restart, "karras", evaluations=2),
-    Sampler("DDIM", ddim, "ddim_uniform", unit_start=True),
-    Sampler("DDPM", ddpm, unit_start=True),
-    Sampler("PLMS", plms, "ddim_uniform", unit_start=True, aliases=("pndm",)),
-    Sampler("UniPC", unipc, "sgm_uniform", unit_start=True, aliases=("uni_pc",)),
-    Sampler("DEIS", deis, "karras"),
-    Sampler("IPNDM", ipndm),
-    Sampler("IPNDM V", ipndm_v),
-    Sampler("HeunPP2", heunpp2, evaluations=3),
-    Sampler("LCM", lcm, "turbo"),
+    Sampler("DPM fast", partial(dpm_solver.dpm_fast, eta=1.0)),
+    Sampler("DPM adaptive", partial(dpm_solver.dpm_adaptive, eta=1.0), evaluations=3, aliases=("dpm_ad",)),
+    Sampler("Restart", restart.restart, "karras", evaluations=2),
+    Sampler("DDIM", ddim.ddim, "ddim_uniform", unit_start=True),
+    Sampler("DDPM", ddim.ddpm, unit_start=True),
+    Sampler("PLMS", multistep.plms, "ddim_uniform", unit_start=True, aliases=("pndm",)),
+    Sampler("UniPC", unipc.unipc, "sgm_uniform", unit_start=True, aliases=("uni_pc",)),
+    Sampler("DEIS", multistep.deis, "karras"),
+    Sampler("IPNDM", multistep.ipndm),
+    Sampler("IPNDM V", multistep.ipndm_v),
+    Sampler("HeunPP2", heun.heunpp2, evaluations=3),
+    Sampler("LCM", lcm.lcm, "turbo"),
 )
 
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _SAMPLERS}
