@@ -23,15 +23,20 @@ from ldm.formats.pickle_names import (
     OpaqueClass,
     StorageClass,
     StorageRef,
+    TensorRef,
     call,
     find,
     is_key,
 )
 
-BUDGET = 40_000_000  # bytes of Python objects, roughly; an opcode costs at least OPCODE_COST of it
-OPCODE_COST = 20
+BUDGET = 50_000_000  # bytes of Python objects, roughly, as charged below
+OPCODE_COST = 10
+NUMBER_COST = 32
+TEXT_COST = 50
 CONTAINER_COST = 64
-CALL_COST = 400
+MEMO_COST = 64
+CALL_COST = 70
+TENSOR_COST = 400  # of the torch tensor that it will become
 MAX_TEXT = 4_000_000  # bytes of one text
 MAX_NAME = 500  # characters of a global name
 
@@ -92,6 +97,20 @@ class Unpickler:
     def number(self, size: int) -> int:
         """A natural number of `size` bytes."""
         return int.from_bytes(self.take(size), "little")
+
+    def integer(self, size: int, *, signed: bool = True) -> int:
+        """A number of `size` bytes that will be pushed."""
+        self.spend(NUMBER_COST)
+        return int.from_bytes(self.take(size), "little", signed=signed)
+
+    def real(self) -> float:
+        self.spend(NUMBER_COST)
+        return struct.unpack(">d", self.take(8))[0]
+
+    def text(self, size: int) -> bytes:
+        """The bytes of a text whose length is the next `size` bytes."""
+        self.spend(TEXT_COST)
+        return self.take(self.number(size))
 
     def line(self) -> str:
         """A text that ends with a newline."""
@@ -162,7 +181,7 @@ class Unpickler:
                 raise damaged()
 
     def remember(self, key: int) -> None:
-        self.spend(CONTAINER_COST)
+        self.spend(MEMO_COST)
         self.memo[key] = self.stack[-1]
 
     def recall(self, key: int) -> None:
@@ -198,7 +217,9 @@ class Unpickler:
                     self.spend(
                         len(arg) if isinstance(arg, str) else 50 * len(arg) if isinstance(arg, list) else 0
                     )
-                self.push(call(function, args))
+                result = call(function, args)
+                self.spend(TENSOR_COST if isinstance(result, TensorRef) else 0)
+                self.push(result)
             case _:
                 raise CheckpointError("its pickle calls something that is no function; do not use this file")
 
@@ -257,22 +278,22 @@ _ACTIONS: dict[bytes, Callable[[Unpickler], object]] = {
     b"\x88": lambda m: m.push(True),
     b"\x89": lambda m: m.push(False),
     b"K": lambda m: m.push(m.number(1)),
-    b"M": lambda m: m.push(m.number(2)),
-    b"J": lambda m: m.push(int.from_bytes(m.take(4), "little", signed=True)),
-    b"\x8a": lambda m: m.push(int.from_bytes(m.take(m.number(1)), "little", signed=True)),
+    b"M": lambda m: m.push(m.integer(2, signed=False)),
+    b"J": lambda m: m.push(m.integer(4)),
+    b"\x8a": lambda m: m.push(m.integer(m.number(1))),
     b"I": Unpickler.decimal,
     b"L": Unpickler.decimal,
-    b"G": lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
+    b"G": lambda m: m.push(m.real()),
     # texts
-    b"X": lambda m: m.push(decoded(m.take(m.number(4)))),
-    b"\x8c": lambda m: m.push(decoded(m.take(m.number(1)))),
-    b"\x8d": lambda m: m.push(decoded(m.take(m.number(8)))),
-    b"B": lambda m: m.push(m.take(m.number(4))),
-    b"C": lambda m: m.push(m.take(m.number(1))),
-    b"\x8e": lambda m: m.push(m.take(m.number(8))),
-    b"\x96": lambda m: m.push(m.take(m.number(8))),
-    b"T": lambda m: m.push(decoded_python2(m.take(m.number(4)))),
-    b"U": lambda m: m.push(decoded_python2(m.take(m.number(1)))),
+    b"X": lambda m: m.push(decoded(m.text(4))),
+    b"\x8c": lambda m: m.push(decoded(m.text(1))),
+    b"\x8d": lambda m: m.push(decoded(m.text(8))),
+    b"B": lambda m: m.push(m.text(4)),
+    b"C": lambda m: m.push(m.text(1)),
+    b"\x8e": lambda m: m.push(m.text(8)),
+    b"\x96": lambda m: m.push(m.text(8)),
+    b"T": lambda m: m.push(decoded_python2(m.text(4))),
+    b"U": lambda m: m.push(decoded_python2(m.text(1))),
     # containers; sets are kept as lists, unhashed
     b"(": Unpickler.mark,
     b")": lambda m: m.container(()),

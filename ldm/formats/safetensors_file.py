@@ -25,8 +25,9 @@ from ldm.files import atomic_write
 from ldm.formats.mapped import MappedFile, printable
 
 MAX_HEADER = 100_000_000  # the format's own limit
-MAX_TENSORS = 100_000  # ours: over ten times the largest Stable Diffusion checkpoint with its EMA copy
+MAX_TENSORS = 50_000  # ours: over ten times the largest Stable Diffusion checkpoint with its EMA copy
 MAX_METADATA = 16_000_000  # ours: LoRA trainers store their caption statistics here, up to a few MB
+MAX_TEXT = 4_000_000  # ours: of one of them
 MAX_ENTRY = 4096  # bytes of a tensor's name, and of its description
 SPACE = re.compile(rb"[ \t\n\r]{0,4096}")  # what JSON takes for white space
 
@@ -178,20 +179,18 @@ class Header:
     def metadata(self) -> dict[str, str]:
         found: dict[str, str] = {}
         start = self.at
-        for key in self.keys(MAX_METADATA):
+        for key in self.keys(MAX_ENTRY):
             if key in found:
                 raise self.error(f"the metadata '{printable(key)}' is there twice")
-            found[key] = self.string(MAX_METADATA)
+            found[key] = self.string(MAX_TEXT)
             if self.at - start > MAX_METADATA:
                 raise self.error(f"over {MAX_METADATA} bytes of metadata")
         return found
 
     def entry(self, name: str) -> Entry:
         self.space()
-        # Latin-1 gives one character a byte, so that the end found in the text is the end in the data.
-        text = self.data[self.at : min(self.at + MAX_ENTRY, self.end)].decode("latin-1")
         try:
-            value, length = DECODER.raw_decode(text)
+            value, length = self.decode(MAX_ENTRY)
         except (ValueError, RecursionError):
             value, length = None, 0
         self.at += length
@@ -215,23 +214,32 @@ class Header:
 
     def string(self, limit: int) -> str:
         """A JSON text of at most `limit` bytes."""
-        self.token(b'"')
-        begin = end = self.at - 1
-        backslashes = 1
-        while backslashes % 2:  # an odd number of them before a quote makes it part of the text
-            end = self.data.find(b'"', end + 1, min(begin + limit, self.end))
-            if end < 0:
-                raise self.error("a text does not end or is too long")
-            backslashes = 0
-            while self.data[end - 1 - backslashes] == ord("\\"):
-                backslashes += 1
-        self.at = end + 1
+        if self.peek() != b'"':
+            raise self.error("a text is expected")
+        window = min(MAX_ENTRY, limit)
+        while True:
+            try:
+                _, length = self.decode(window)
+                break
+            except ValueError:
+                if window == limit:
+                    raise self.error("a text does not end, is too long or not valid JSON") from None
+                window = min(16 * window, limit)
+        raw = self.data[self.at : self.at + length]
+        self.at += length
+        text = json.loads(raw.decode())
         try:
-            text = json.loads(self.data[begin : self.at].decode())
-            text.encode()  # refuses a lone surrogate
-        except ValueError:
-            raise self.error("a text is not valid JSON") from None
+            text.encode()
+        except UnicodeEncodeError:
+            raise self.error("a text has half a surrogate pair") from None
         return text
+
+    def decode(self, window: int) -> tuple[Any, int]:
+        """The JSON value that begins here and ends within `window` bytes, and its length in bytes.
+
+        Latin-1 makes one character of a byte: right for the length, and for a value that is ASCII.
+        """
+        return DECODER.raw_decode(self.data[self.at : min(self.at + window, self.end)].decode("latin-1"))
 
     def token(self, wanted: bytes) -> None:
         if self.peek() != wanted:
