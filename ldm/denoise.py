@@ -1,8 +1,8 @@
 """From a network's prediction to a denoised latent: the one interface that all samplers share.
 
 Everything here is in the variance-exploding view: a noisy latent is x = x0 + sigma * noise, with x0 of about
-unit variance. The networks were trained in the variance-preserving view, sqrt(abar) x0 + sqrt(1 - abar) noise,
-which is x / sqrt(1 + sigma^2); `Denoiser` is the only place that knows this (Karras et al. 2022,
+unit variance. The networks were trained in the variance-preserving view, sqrt(abar) x0 + sqrt(1 - abar)
+noise, which is x / sqrt(1 + sigma^2); `Denoiser` is the only place that knows this (Karras et al. 2022,
 arXiv:2206.00364, section 3 and table 1).
 """
 
@@ -48,6 +48,14 @@ class Conditioning:
     context: Tensor | None = None  # (B, N, D) for cross-attention
     vector: Tensor | None = None  # (B, V) SDXL's pooled text and sizes, or (B,) int64 classes
     concat: Tensor | None = None  # (B, C, h, w) further input channels: mask, masked picture, depth
+
+    def expanded(self, batch_size: int) -> "Conditioning":
+        """A batch of one, repeated without copying."""
+
+        def expand(a: Tensor | None) -> Tensor | None:
+            return None if a is None else a.expand(batch_size, *a.shape[1:])
+
+        return Conditioning(expand(self.context), expand(self.vector), expand(self.concat))
 
     def joined(self, other: "Conditioning") -> "Conditioning":
         """Both in one batch, this one first. The contexts must be equally long."""
