@@ -1,7 +1,5 @@
 """The BERT-like encoder equals the original, and its tokens equal those of transformers."""
 
-import gzip
-import json
 import random
 import unicodedata
 from pathlib import Path
@@ -11,7 +9,7 @@ import torch
 
 from ldm.errors import LdmError
 from ldm.text.bert import BertConfig, BertTextModel, WordPiece, words
-from tests.golden import golden, module_case
+from tests.golden import module_case
 
 PIECES = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] a b ##a ##b ab ##ab abba the un ##aff ##able ' s , . ! $ "
@@ -32,15 +30,6 @@ def test_equals_the_original():
     model.load_state_dict(weights)
     # Outputs are of order 1 and the original's own float32 rounding is 1.3e-6.
     torch.testing.assert_close(model(values["in/tokens"]), values["out/out"], atol=2e-5, rtol=0)
-
-
-def test_names_and_shapes_are_those_of_the_checkpoint():
-    with gzip.open(golden("manifests/ldm-txt2img-large.json.gz")) as file:
-        tensors = json.load(file)["tensors"]
-    with torch.device("meta"):
-        model = BertTextModel(BertConfig())
-    ours = {f"cond_stage_model.{name}": list(t.shape) for name, t in model.state_dict().items()}
-    assert ours == {name: t["shape"] for name, t in tensors.items() if name.startswith("cond_stage_model.")}
 
 
 TEXTS = [
