@@ -62,7 +62,8 @@ def train_autoencoder(
 ) -> AutoencoderKL | None:
     """Train, or go on training. Returns the averaged, normalised model when all steps are done, else None."""
     torch.manual_seed(loop.seed)
-    model = AutoencoderKL(config).to(device, memory_format=torch.channels_last)
+    model = AutoencoderKL(config).to(device)
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - not in torch's stubs
     run = Run(model, loop, folder)
     run.resume()
     train = torch.tensor(data.indices(holdout=False))

@@ -1,7 +1,7 @@
 """The recipe of the embedded model: from the packed data set to the file that `ldm.load()` reads.
 
-Three stages, each resumable: the autoencoder on crops, the latents of all pictures, text encoder and UNet on the
-latents. Two scopes with the same code: SMALL is what two CPU cores reach in hours, FULL wants a GPU.
+Three stages, each resumable: the autoencoder on crops, the latents of all pictures, text encoder and UNet on
+the latents. Two scopes with the same code: SMALL is what two CPU cores reach in hours, FULL wants a GPU.
 """
 
 import sys
@@ -44,7 +44,7 @@ class Scope:
     batch: int
 
 
-# Group norm has 32 groups, so that a level of 32 channels would lose the mean of each channel: 64 is the least.
+# Group norm has 32 groups: a level of 32 channels would lose the mean of each channel, so 64 is the least.
 SMALL = Scope(
     pixels=64,
     vae=VAEConfig(ch=64, ch_mult=(1, 1, 2), num_res_blocks=1, mid_attention=False),
@@ -96,10 +96,10 @@ def train_default_model(
     compile: bool,
     preview_every: int,
 ) -> Models | None:
-    """Go on with the recipe in `folder` for about `seconds`. Returns the finished model, or None if time ran out.
+    """Go on with the recipe in `folder` for about `seconds`. Returns the finished model, or None.
 
-    `folder` holds the state of each stage. Every `preview_every` steps of the last one, the model as it is gets
-    written to preview.safetensors there: a checkpoint like any other, to look at.
+    `folder` holds the state of each stage. Every `preview_every` steps of the last one, the model as it is then
+    goes to preview.safetensors there: a checkpoint like any other, to look at.
     """
     if data.images.shape[-1] != scope.pixels:
         raise ValueError(f"this scope needs pictures of {scope.pixels} px, got {data.images.shape[-1]}")
@@ -160,7 +160,7 @@ def _autoencoder(
 
 
 def _views(vae: AutoencoderKL, data: IconSet, scope: Scope, folder: Path) -> LatentViews:
-    """The latents, from the cache if it is there: it is a function of the autoencoder, the data and the seed."""
+    """The latents, cached: they follow from the autoencoder, the data and the seed."""
     cache = folder / "latents.safetensors"
     icons = [data.icons[i] for i in data.indices(holdout=False)]
     if cache.exists():

@@ -117,7 +117,8 @@ def train_diffusion(
 ) -> tuple[TextToImage, bool]:
     """Train, or go on training. Returns the averaged model and whether all steps are done."""
     torch.manual_seed(loop.seed)
-    model = TextToImage(unet, text).to(device, memory_format=torch.channels_last)
+    model = TextToImage(unet, text).to(device)
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - not in torch's stubs
     run = Run(model, loop, folder)
     run.resume()
     _, world = rank_and_world()

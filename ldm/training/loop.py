@@ -204,4 +204,4 @@ class Run:
 @torch.no_grad()
 def averaged(model: nn.Module, ema: Ema) -> dict[str, Tensor]:
     """The state dict of `model` with the averaged parameters in place of the last ones."""
-    return {name: ema.shadow.get(name, value) for name, value in model.state_dict().items()}
+    return dict(model.state_dict()) | {name: value.clone() for name, value in ema.shadow.items()}
