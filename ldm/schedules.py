@@ -92,18 +92,22 @@ class NoiseSchedule:
         return self.sigmas[-1]
 
     @cached_property
+    def _steps(self) -> np.ndarray:
+        return np.arange(len(self.sigmas))
+
+    @cached_property
     def _log_sigmas(self) -> np.ndarray:
         return np.log(self.sigmas)
 
     def sigma(self, t: float) -> float:
         """The noise level at a training step, which may be fractional: linear in log sigma, clamped."""
-        return math.exp(np.interp(t, range(len(self.sigmas)), self._log_sigmas))
+        return math.exp(np.interp(t, self._steps, self._log_sigmas))
 
     def t(self, sigma: float) -> float:
         """The fractional training step of a noise level, clamped to 0 .. T-1: the inverse of `sigma`."""
         if sigma <= self.sigma_min:
             return 0.0
-        return float(np.interp(math.log(sigma), self._log_sigmas, range(len(self.sigmas))))
+        return float(np.interp(math.log(sigma), self._log_sigmas, self._steps))
 
 
 def sigmas(

@@ -67,8 +67,8 @@ def ipndm_v(
 ) -> Iterator[Step]:
     """The weights of diff-sampler, ComfyUI and Forge for unequal steps.
 
-    Meant to be Adams and Bashforth's, but two slips keep them from it unless the steps are equal (see
-    `_ipndm_v_weights`). Kept as published, for the pictures made with it; `lms` is what it was meant to be.
+    Meant to be Adams and Bashforth's, from which three slips keep them (see `_ipndm_v_weights`). Kept as
+    published, for the pictures made with it; `lms` is what it was meant to be.
     """
     return _multistep(denoise, x, sigmas, order, _ipndm_v_weights)
 
@@ -163,8 +163,9 @@ def _ipndm_v_weights(levels: Sequence[float], end: float) -> list[float]:
     q, w = h1 / h2, h1 * (h1 + h2) / (h2 * (h2 + h3))
     sums = [h + h1, h + h1 + h2]
     first = h / (2 * h1)
-    # Slip: Adams and Bashforth have (1 - a) / 2 * b here, the published code (1 - a b) / 2.
+    # First slip: Adams and Bashforth have (1 - a) / 2 * b here, the published code (1 - a b) / 2.
     second = (1 - h / (3 * sums[0]) * (h * sums[0]) / (h1 * (h1 + h2))) / 2
+    # Second slip: with a minus, not a plus, equal steps would give 3/8, as they should.
     third = (1 - h / (3 * sums[0])) / 2 + (1 - h / (2 * sums[0])) * h / (6 * sums[1])
     third *= h * sums[0] * sums[1] / (h1 * (h1 + h2) * (h1 + h2 + h3))
     weights = {
@@ -175,7 +176,7 @@ def _ipndm_v_weights(levels: Sequence[float], end: float) -> list[float]:
             1 + first + second + third,
             -first - (1 + q) * second - (1 + q + w) * third,
             q * second + (q + w * (1 + h2 / h3)) * third,
-            -w * q * third,  # Slip: h2 / h3 in place of q = h1 / h2 would make the weights sum to 1.
+            -w * q * third,  # Third slip: h2 / h3 in place of q = h1 / h2 would make the weights sum to 1.
         ],
     }
     return [h * weight for weight in weights[len(levels)]]

@@ -65,23 +65,25 @@ def unipc(
         yield Step(i, sigma, sigma_next, x, step_denoised)
 
 
-def _weights(places: Sequence[float], h: float, variant: str) -> np.ndarray:
+def _weights(places: Sequence[float], h: float, variant: str) -> list[float]:
     """The weights of the slopes towards `places`, so that the step is exact for polynomials of their number.
 
     They solve sum_j w_j r_j^(k-1) = m_k for k = 1, 2 ..., where m_k is the integral of e^(s-h) (s/h)^k over
     0 < s < h, and by parts m_k = 1 - k m_(k-1) / h: the paper's eq. 10 and 11, in which B(h) cancels. But
     for a single place the paper takes B(h) / 2 instead of the solution.
     """
+    if not places:
+        return []
     if len(places) == 1 and variant != "vary_coeff":
-        return np.array([(h if variant == "bh1" else -math.expm1(-h)) / 2])
+        return [(h if variant == "bh1" else -math.expm1(-h)) / 2]
     moment, moments = -math.expm1(-h), []
     for k in range(1, len(places) + 1):
         moment = 1 - k * moment / h
         moments.append(moment)
-    return np.linalg.solve(np.vander(places, increasing=True).T, moments)
+    return np.linalg.solve(np.vander(places, increasing=True).T, moments).tolist()
 
 
-def _add(x: Tensor, weights: np.ndarray, slopes: Sequence[Tensor]) -> Tensor:
-    for weight, slope in zip(weights.tolist(), slopes, strict=True):
+def _add(x: Tensor, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    for weight, slope in zip(weights, slopes, strict=True):
         x = x + weight * slope
     return x

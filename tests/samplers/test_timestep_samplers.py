@@ -1,7 +1,8 @@
 """DDIM, PLMS and UniPC equal those of the web UI, CompVis and diffusers.
 
-The originals run over training steps in the variance-preserving scale. The tests translate: a level for each training step, x scaled by sqrt(1 + sigma^2), and the golden eps models
-turned into a denoiser. Our samplers know nothing of it.
+The originals run over training steps in the variance-preserving scale. The tests translate: a level for each
+training step, x scaled by sqrt(1 + sigma^2), and the golden eps models turned into a denoiser. Our samplers
+know nothing of it.
 """
 
 import math
@@ -117,7 +118,7 @@ def test_unipc_vary_coeff_differs_from_the_webui_by_the_row_that_it_drops(
 ):
     correct = unipc._weights
 
-    def published(places: Sequence[float], h: float, variant: str) -> np.ndarray:
+    def published(places: Sequence[float], h: float, variant: str) -> list[float]:
         """The corrector, told by its last place, as the original sums it up."""
         rows = len(places)
         if rows < 2 or places[-1] != 1.0:
@@ -129,7 +130,7 @@ def test_unipc_vary_coeff_differs_from_the_webui_by_the_row_that_it_drops(
         scaled = [[r**k / math.factorial(k + 1) for k in range(rows)] for r in places]
         inverse = np.linalg.inv(np.array(scaled))
         weights = [sum(phi[k + 1] * inverse[k, j] for k in range(rows - 1)) for j in range(rows - 1)]
-        return np.array([*weights, phi[rows] * inverse[rows - 2, -1]])
+        return [*weights, phi[rows] * inverse[rows - 2, -1]]
 
     assert unipc_run(case) > 1e-3
     monkeypatch.setattr(unipc, "_weights", published)

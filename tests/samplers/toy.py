@@ -1,4 +1,4 @@
-"""The toy problems of the golden data (tests/golden/README.md, samplers/), and how to run a sampler on them."""
+"""The toy problem of the golden data (tests/golden/README.md, samplers/), and how to run samplers on it."""
 
 import json
 from collections.abc import Iterator
