@@ -6,14 +6,13 @@ Everything here is float64 on the CPU: a schedule is a thousand numbers, and a p
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
-from ldm.errors import RequestError, SamplerError
-from ldm.spacings import ALIASES, SPACINGS, Kind, log_linear
+from ldm.errors import RequestError
+from ldm.spacings import SPACINGS, Kind, log_linear, spacing_name
 
 
 @dataclass(frozen=True)
@@ -160,18 +159,6 @@ def sigmas(
     if not all(a > b for a, b in pairwise([*levels, 0.0])):
         raise RequestError(f"the spacing {spacing!r} has no {steps} different levels; ask for fewer steps")
     return [*levels, 0.0]
-
-
-def spacing_name(name: str) -> str:
-    """The key in SPACINGS for any spelling of it: "SGM Uniform", "sgm-uniform", "SGMUniform"."""
-    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
-    by_plain = {key.replace("_", ""): key for key in SPACINGS}
-    key = by_plain.get(ALIASES.get(plain, plain).replace("_", ""))
-    if key is None:
-        guess = get_close_matches(plain, [*SPACINGS, *ALIASES], n=1)
-        hint = f"did you mean {guess[0]!r}?" if guess else f"choose from {', '.join(SPACINGS)}"
-        raise SamplerError(f"unknown spacing {name!r}; {hint}")
-    return key
 
 
 def _levels(

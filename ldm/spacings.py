@@ -12,11 +12,14 @@ three kinds, told apart by what they are made of:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import Enum
 from functools import partial
 from math import atan, exp, lgamma
 
 import numpy as np
+
+from ldm.errors import SamplerError
 
 
 class Kind(Enum):
@@ -190,4 +193,25 @@ SPACINGS: dict[str, Spacing] = {
 }
 
 # Other names in circulation: "ddim" is the web UI's key, "trailing" the one of diffusers.
-ALIASES = {"ddim": "ddim_uniform", "trailing": "turbo", "ka": "karras", "align_your_steps_gits": "gits"}
+ALIASES = {"ddim": "ddim_uniform", "trailing": "turbo", "ka": "karras"}
+
+
+def plain(name: str) -> str:
+    """A name without what people write in different ways: "SGM Uniform", "sgm-uniform" -> "sgmuniform"."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+PLAIN_NAMES: dict[str, str] = {
+    **{plain(text): key for key, spacing in SPACINGS.items() for text in (key, spacing.label)},
+    **ALIASES,
+}
+
+
+def spacing_name(name: str) -> str:
+    """The key in SPACINGS for any spelling of it. Raises SamplerError with a suggestion if there is none."""
+    key = PLAIN_NAMES.get(plain(name))
+    if key is None:
+        guess = get_close_matches(plain(name), PLAIN_NAMES, n=1)
+        hint = f"did you mean {PLAIN_NAMES[guess[0]]!r}?" if guess else f"choose from {', '.join(SPACINGS)}"
+        raise SamplerError(f"unknown spacing {name!r}; {hint}")
+    return key

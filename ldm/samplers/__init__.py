@@ -20,7 +20,7 @@ from ldm.errors import SamplerError
 from ldm.noise import Noise
 from ldm.samplers import ddim, dpm2, dpm_solver, dpmpp, euler, heun, lcm, multistep, restart, unipc
 from ldm.samplers.step import Step
-from ldm.spacings import ALIASES, SPACINGS
+from ldm.spacings import PLAIN_NAMES, plain
 
 __all__ = ["SAMPLERS", "Sampler", "Step", "parse"]
 
@@ -129,16 +129,12 @@ def parse(name: str) -> tuple[Sampler, str]:
     Capitals, spaces, hyphens and underscores do not matter. Where the name holds no spacing, it is the
     sampler's own. Raises SamplerError with suggestions if the name is unknown.
     """
-    plain = _plain(name)
-    if plain in _BY_PLAIN_NAME:
-        sampler = _BY_PLAIN_NAME[plain]
-        return sampler, sampler.spacing
-    for suffix, spacing in _SUFFIXES:
-        head = plain.removesuffix(suffix)
-        if head != plain and head in _BY_PLAIN_NAME:
-            sampler = _BY_PLAIN_NAME[head]
+    bare = _plain(name)
+    for suffix, spacing in (("", ""), *_SUFFIXES):
+        sampler = _BY_PLAIN_NAME.get(bare.removesuffix(suffix))
+        if sampler and bare.endswith(suffix):
             return sampler, spacing or sampler.spacing
-    guesses = get_close_matches(plain, _BY_PLAIN_NAME, n=3, cutoff=0.5)
+    guesses = get_close_matches(bare, _BY_PLAIN_NAME, n=3, cutoff=0.5)
     names = list(dict.fromkeys(_BY_PLAIN_NAME[guess].name for guess in guesses)) or list(SAMPLERS)
     raise SamplerError(
         f"unknown sampler {name!r}; {'did you mean' if guesses else 'choose from'} {', '.join(names)}"
@@ -146,19 +142,10 @@ def parse(name: str) -> tuple[Sampler, str]:
 
 
 def _plain(name: str) -> str:
-    """A name without what people write in different ways: "DPM++ 2M", "k_dpmpp_2m" -> "dpmpp2m"."""
-    plain = name.strip().lower().replace("++", "pp")
-    plain = plain.removeprefix("sample_").removeprefix("k_")
-    return "".join(letter for letter in plain if letter.isalnum())
+    """A name without prefix and spelling: "DPM++ 2M", "k_dpmpp_2m", "sample_dpmpp_2m" -> "dpmpp2m"."""
+    return plain(name.strip().lower().replace("++", "pp").removeprefix("sample_").removeprefix("k_"))
 
 
 _BY_PLAIN_NAME = {_plain(name): s for s in SAMPLERS.values() for name in (s.name, *s.aliases)}
 # The longest first, as "SGM Uniform" ends in "Uniform".
-_SUFFIXES = sorted(
-    [
-        *((_plain(text), key) for key, spacing in SPACINGS.items() for text in (key, spacing.label)),
-        *((_plain(alias), key) for alias, key in ALIASES.items()),
-        ("automatic", ""),
-    ],
-    key=lambda item: -len(item[0]),
-)
+_SUFFIXES = sorted([*PLAIN_NAMES.items(), ("automatic", "")], key=lambda item: -len(item[0]))
