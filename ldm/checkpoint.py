@@ -5,6 +5,7 @@ are needed, and a part is built without memory of its own, so that loading costs
 once.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -52,6 +53,8 @@ _DROP = re.compile("|".join(pattern for pattern, _ in DROPPED))
 
 M = TypeVar("M", bound=nn.Module)
 
+logger = logging.getLogger(__name__)
+
 
 def load(
     path: str | os.PathLike[str] | None = None,
@@ -97,6 +100,8 @@ def load(
     except CheckpointError as error:
         raise _named(source, error) from None
 
+    _report_unknown(weights, family, source)
+
     schedule = family.schedule()
     if ZERO_SNR_MARKER in weights:
         schedule = schedule.zero_terminal_snr()
@@ -129,6 +134,16 @@ def load_vae(
 def _named(path: Path, error: CheckpointError) -> CheckpointError:
     """The error with the file's name, as one printable line: names of weights come from the file."""
     return CheckpointError(printable(f"{path.name}: {error}", 200))
+
+
+def _report_unknown(weights: Mapping[str, Tensor], family: Family, source: Path) -> None:
+    """Warn of weights that belong to no part: harmless, but somebody put them there."""
+    parts = (UNET, VAE, *(part.prefix for part in family.parts))
+    unknown = [name for name in weights if not name.startswith(parts) and not _DROP.fullmatch(name)]
+    if unknown:
+        logger.warning(
+            printable(f"{source.name}: {len(unknown)} unknown weights left out: {_few(unknown)}", 200)
+        )
 
 
 def _normalised(file: WeightFile) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ def train_default_model(
 ) -> Models | None:
     """Go on with the recipe in `folder` for about `seconds`. Returns the finished model, or None.
 
-    `folder` holds the state of each stage. Every `preview_every` steps of the last one, the model as it is then
+    `folder` holds the state of each stage. Every `preview_every` steps of the last one, the model as it is
     goes to preview.safetensors there: a checkpoint like any other, to look at.
     """
     if data.images.shape[-1] != scope.pixels:
