@@ -34,9 +34,9 @@ MISTAKES = {
     (b"<!doctype", b"<html", b"<?xml", b"<!--"): "it is a web page, not weights; download the file itself",
     (b"version https://git-lfs",): "it is a git-lfs pointer, not the weights; run `git lfs pull`",
     (b"{", b"["): "it is a JSON text, not weights; download the file itself",
-    (b"gguf",): "it is a GGUF file, which ldm does not read; get the model as .safetensors",
-    (b"\x89hdf",): "it is an HDF5 (Keras) file, which ldm does not read; get the model as .safetensors",
-    (b"\x93numpy",): "it is a numpy array, which ldm does not read; get the model as .safetensors",
+    (b"gguf",): "it is a GGUF file, which ldm does not read; get the .safetensors",
+    (b"\x89hdf",): "it is an HDF5 (Keras) file, which ldm does not read; get the .safetensors",
+    (b"\x93numpy",): "it is a numpy array, which ldm does not read; get the .safetensors",
     (
         b"\x1f\x8b",
         b"7z\xbc\xaf",
@@ -45,7 +45,13 @@ MISTAKES = {
         b"bzh",
         b"\x28\xb5\x2f\xfd",
     ): "it is packed; unpack it first",
-    (b"\x89png", b"\xff\xd8\xff", b"gif8", b"riff", b"%pdf"): "it is a picture or document, not weights",
+    (
+        b"\x89png",
+        b"\xff\xd8\xff",
+        b"gif8",
+        b"riff",
+        b"%pdf",
+    ): "it is a picture or document, not weights; check the path",
     (b"\0\0\0\0\0\0\0\0",): "it begins with zeros; the download is incomplete, repeat it",
 }
 
@@ -101,9 +107,7 @@ def _load(path: Path) -> tuple[Any, dict[str, str]]:
         named_safetensors = path.suffix.lower() == ".safetensors"
         pickled = file.data[:4] == ZIP or file.data[:30].startswith(PICKLE)
         if pickled and named_safetensors:
-            raise CheckpointError(
-                "it is named .safetensors but holds a pickle; if you trust it, rename it to .ckpt"
-            )
+            raise CheckpointError("it is named .safetensors but holds a pickle; rename it to .ckpt")
         if pickled:
             tree = (zip_reader if file.data[:4] == ZIP else legacy).read_tree(file)
             return tree, _lightning_metadata(tree)
@@ -114,7 +118,7 @@ def _load(path: Path) -> tuple[Any, dict[str, str]]:
                     raise CheckpointError(what)
             if not named_safetensors:
                 raise CheckpointError(
-                    "it is neither a .safetensors file nor a checkpoint written by torch.save"
+                    "it is neither a .safetensors file nor a checkpoint written by torch.save; check the path"
                 )
         return safetensors_file.read(file)
 
@@ -131,13 +135,15 @@ def _flat(tree: Any) -> dict[str, Tensor]:
         raise CheckpointError("it holds a whole Python object; save its state_dict() instead")
     if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
         tree = tree["state_dict"]
+    if not isinstance(tree, dict):
+        raise CheckpointError("it holds no named tensor; give a file of weights")
     found: dict[str, Tensor] = {}
     todo, visited = [("", tree)], 0
     while todo:
         name, node = todo.pop()
         if isinstance(node, Tensor):
             if name in found:
-                raise CheckpointError(f"the tensor '{printable(name)}' is there twice")
+                raise CheckpointError(f"the tensor '{printable(name)}' is there twice; do not use this file")
             found[name] = node
         elif isinstance(node, dict):
             keys = [key for key in node if isinstance(key, (str, int))]
@@ -145,9 +151,9 @@ def _flat(tree: Any) -> dict[str, Tensor]:
             prefix = f"{name}." if name else ""
             if visited > MAX_NODES or len(name) + max(map(len, map(str, keys)), default=0) > MAX_NAME:
                 raise CheckpointError(
-                    "its data are nested in more ways, or under longer names, than weights need"
+                    "its data are nested more, or named longer, than weights need; do not use this file"
                 )
             todo += [(f"{prefix}{key}", node[key]) for key in reversed(keys)]
     if not found:
-        raise CheckpointError("it holds no named tensor")
+        raise CheckpointError("it holds no named tensor; give a file of weights")
     return found

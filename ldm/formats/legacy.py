@@ -26,10 +26,14 @@ def read_tree(file: MappedFile) -> Any:
     """The saved object, as inert data and tensors."""
     magic = Unpickler(file.data)
     if magic.load() != MAGIC:
-        raise CheckpointError("it is a plain Python pickle, not a checkpoint written by torch.save")
+        raise CheckpointError(
+            "it is a plain Python pickle, not a checkpoint written by torch.save; get another file"
+        )
     protocol = Unpickler(file.data, magic.at)
     if protocol.load() != PROTOCOL:
-        raise CheckpointError("it has an unknown version of torch's old format")
+        raise CheckpointError(
+            "it has an unknown version of torch's old format; save it again with a new torch"
+        )
     machine = Unpickler(file.data, protocol.at)
     match machine.load():
         case {"little_endian": True}:
@@ -57,7 +61,7 @@ def find_storages(file: MappedFile, keys: Any, at: int, storages: dict[str, Stor
         storage = storages[key]
         if at + 8 <= file.size and int.from_bytes(file.data[at : at + 8], "little") != storage.numel:
             raise CheckpointError(
-                f"the storage '{printable(key, 20)}' is not of the size that its tensors need"
+                f"its storage '{printable(key, 20)}' has not the size that is needed; do not use it"
             )
         starts[key] = at + 8
         at += 8 + storage.numel * storage.dtype.itemsize

@@ -24,6 +24,11 @@ def printable(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def reason(error: Exception) -> str:
+    """What the operating system said."""
+    return printable(getattr(error, "strerror", None) or str(error))
+
+
 class MappedFile:
     """A regular file and its copy-on-write memory map: writing to a tensor of it never changes the file.
 
@@ -36,26 +41,30 @@ class MappedFile:
         try:
             # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-            descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
+            self._descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:
             raise CheckpointError("there is no such file; check the path") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"it cannot be opened: {printable(str(reason))}") from None
-        with os.fdopen(descriptor, "rb", buffering=0, closefd=True) as opened:
-            status = os.fstat(opened.fileno())
-            if stat.S_ISDIR(status.st_mode):
-                raise CheckpointError("it is a folder; give the path of one weight file")
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError("it is not a regular file; give the path of one weight file")
-            if status.st_size == 0:
-                raise CheckpointError("the file is empty; download it again")
-            try:
-                self.data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-            except (OSError, ValueError, OverflowError) as error:
-                raise CheckpointError(f"it cannot be read: {printable(str(error))}") from None
-            self._descriptor = os.dup(opened.fileno())
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise CheckpointError(f"it cannot be opened: {reason(error)}") from None
+        try:
+            self.data = self._map()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         self.size = len(self.data)
+
+    def _map(self) -> mmap.mmap:
+        status = os.fstat(self._descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise CheckpointError("it is a folder; give the path of one weight file")
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError("it is not a regular file; give the path of one weight file")
+        if status.st_size == 0:
+            raise CheckpointError("the file is empty; download it again")
+        try:
+            return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"it cannot be read: {reason(error)}") from None
 
     def __enter__(self) -> MappedFile:
         return self

@@ -69,7 +69,9 @@ class Unpickler:
                 if opcode == STOP:
                     return self.stack.pop()
                 if opcode not in OPCODES:
-                    raise CheckpointError(f"its pickle uses opcode {opcode:#04x}, which no weight file needs")
+                    raise CheckpointError(
+                        f"its pickle uses opcode {opcode:#04x}, which weights never need; do not use it"
+                    )
                 OPCODES[opcode](self)
         except IndexError:  # the pickle ends, or pops from an empty stack
             raise damaged() from None
@@ -77,7 +79,9 @@ class Unpickler:
     def spend(self, cost: int) -> None:
         self.budget -= cost
         if self.budget < 0:
-            raise CheckpointError("its pickle is far larger or more complex than any weight file's")
+            raise CheckpointError(
+                "its pickle is far larger or more complex than that of any weight file; do not use this file"
+            )
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -86,7 +90,9 @@ class Unpickler:
 
     def take(self, size: int) -> bytes:
         if size > MAX_TEXT:
-            raise CheckpointError(f"its pickle holds a text of {size} bytes, which no weight file needs")
+            raise CheckpointError(
+                f"its pickle holds a text of {size} bytes, which no weight file needs; do not use this file"
+            )
         raw = self.data[self.at : self.at + size]
         self.at += size
         if self.at > self.end:
@@ -136,7 +142,7 @@ class Unpickler:
 
     def proto(self) -> None:
         if not 1 <= (protocol := self.number(1)) <= 5:
-            raise CheckpointError(f"its pickle has the unknown protocol {protocol}")
+            raise CheckpointError(f"its pickle has the unknown protocol {protocol}; do not use this file")
 
     def mark(self) -> None:
         self.spend(CONTAINER_COST)
@@ -242,11 +248,15 @@ class Unpickler:
             case ("storage", StorageClass(dtype=dtype), str(key), str(), int(numel), None) if numel >= 0:
                 pass
             case _:
-                raise CheckpointError("its pickle asks for something else than stored numbers")
+                raise CheckpointError(
+                    "its pickle asks for something else than stored numbers; do not use this file"
+                )
         self.spend(CONTAINER_COST)
         storage = StorageRef(key, dtype, numel)
         if self.storages.setdefault(key, storage) != storage:
-            raise CheckpointError(f"its pickle describes the storage '{printable(key, 20)}' in two ways")
+            raise CheckpointError(
+                f"its pickle describes the storage '{printable(key, 20)}' in two ways; do not use this file"
+            )
         self.push(storage)
 
 

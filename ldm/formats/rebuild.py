@@ -36,7 +36,9 @@ def rebuild(tree: Any, storage_bytes: Callable[[StorageRef], Tensor]) -> Any:
         if id(node) in done:
             return done[id(node)][1]
         if depth > MAX_DEPTH:
-            raise CheckpointError(f"its data are nested over {MAX_DEPTH} deep, which no weight file needs")
+            raise CheckpointError(
+                f"its data are nested over {MAX_DEPTH} deep, which no weight file needs; do not use this file"
+            )
         if isinstance(node, tuple):
             result = tuple(walk(value, depth + 1) for value in node)
         else:

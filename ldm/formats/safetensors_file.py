@@ -76,13 +76,15 @@ def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError("the file ends inside the safetensors header; download it again")
     length = int.from_bytes(file.data[:8], "little")
     if length > MAX_HEADER:
-        raise CheckpointError(f"the safetensors header claims {length} bytes, over the limit of {MAX_HEADER}")
+        raise CheckpointError(
+            f"the safetensors header claims {length} bytes, over the limit of {MAX_HEADER}; get another file"
+        )
     begin = 8 + length
     if begin > file.size:
         raise CheckpointError("the file ends inside the safetensors header; download it again")
     entries, metadata = Header(file, begin).scan()
     if not entries:
-        raise CheckpointError("it is a safetensors file without a tensor")
+        raise CheckpointError("it is a safetensors file without a tensor; download it again")
     check_cover(entries, file.size - begin)
     tensors = {e.name: file.tensor(e.dtype, begin + e.start, prod(e.shape)).reshape(e.shape) for e in entries}
     return tensors, metadata
@@ -95,14 +97,14 @@ def check_cover(entries: list[Entry], size: int) -> None:
     for entry in entries:
         if entry.start != position:
             what = "overlap" if entry.start < position else "leave a hole"
-            raise CheckpointError(f"the bytes of its tensors {what} before '{printable(entry.name)}'")
+            raise CheckpointError(
+                f"the bytes of its tensors {what} before '{printable(entry.name)}'; download the file again"
+            )
         position = entry.end
     if position > size:
         raise CheckpointError(f"the file is {position - size} bytes too short; download it again")
     if position < size:
-        raise CheckpointError(
-            f"{size - position} bytes follow the last tensor, which the format does not allow"
-        )
+        raise CheckpointError(f"{size - position} bytes follow its last tensor; download it again")
 
 
 def natural(digits: str) -> int:
@@ -204,7 +206,7 @@ class Header:
                 raise self.error(f"'{printable(name)}' is not described by dtype, shape and data_offsets")
         if dtype not in DTYPES:
             raise CheckpointError(
-                f"'{printable(name)}' has the type {printable(dtype, 20)}, which is unsupported"
+                f"'{printable(name)}' has the type {printable(dtype, 20)}, which ldm does not know"
             )
         if len(shape) > 64 or prod(n or 1 for n in shape) >= 1 << 63:
             raise self.error(f"the shape of '{printable(name)}' is too large")

@@ -61,9 +61,7 @@ def read_tree(file: MappedFile) -> Any:
     members = read_directory(file)
     pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
     if not pickles:
-        raise CheckpointError(
-            "it is a zip archive, but no checkpoint; if the weights are inside, unpack it first"
-        )
+        raise CheckpointError("it is a zip archive, but no checkpoint; if weights are inside, unpack it")
     if len(pickles) > 1:
         raise CheckpointError("it is a zip archive with several data.pkl; do not use this file")
     folder = pickles[0].removesuffix("data.pkl")
@@ -93,7 +91,7 @@ def find_storage(members: dict[str, Member], folder: str, storage: StorageRef) -
     size = storage.numel * storage.dtype.itemsize
     if member.size != size:
         raise CheckpointError(
-            f"its storage {storage.key[:20]} has {member.size} bytes where {size} are needed"
+            f"its storage {storage.key[:20]} has {member.size} bytes instead of {size}; do not use this file"
         )
     check_readable(member)
     return member
@@ -232,7 +230,7 @@ def unpacked(file: MappedFile, member: Member, limit: int) -> bytes | bytearray:
     check_readable(member)
     if member.size > limit:
         raise CheckpointError(
-            f"{printable(member.name)} inside it has {member.size} bytes, which no checkpoint needs"
+            f"{printable(member.name)} inside it has {member.size} bytes, far too many; do not use this file"
         )
     raw = inflate(file, member) if member.method == DEFLATED else file.data[member.start : member.end]
     if zlib.crc32(raw) != member.crc:
