@@ -38,9 +38,10 @@ def dpm_fast(
     """
     n = len(sigmas) - 1
     if n == 1:
-        yield Step(0, sigmas[0], 0.0, *[denoise(x, sigmas[0])] * 2)
+        denoised = denoise(x, sigmas[0])
+        yield Step(0, sigmas[0], 0.0, denoised, denoised)
         return
-    orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
+    orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]  # their sum is n
     levels = np.geomspace(sigmas[0], sigmas[-2], len(orders) + 1).tolist()
     for i, (order, (sigma, sigma_next)) in enumerate(zip(orders, pairwise(levels), strict=True)):
         down, up = _noisy_step(sigma, sigma_next, levels[-1], eta)
@@ -73,7 +74,8 @@ def dpm_adaptive(
 
     The number of steps asked for does not matter. Each image of a batch has its own step lengths, so that it
     does not depend on the others; they run one after the other, the network seeing the whole batch each time,
-    which makes a batch of n cost n * n single images.
+    which makes a batch of n cost n * n single images. The only sampler that has to wait for a number from the
+    device, the error, at each step.
 
     order: 2 or 3. rtol, atol: relative and absolute tolerance. h_init: the first step in lambda.
     pcoeff, icoeff, dcoeff, accept_safety: of the controller, see `StepLength`.
