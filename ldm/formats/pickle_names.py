@@ -196,8 +196,10 @@ def complex_number(args: tuple) -> complex:
 
 def device(args: tuple) -> str:
     match args:
-        case (str(name), *_):
+        case (str(name),):
             return name
+        case (str(name), int(index)):
+            return f"{name}:{index}"
     raise misuse("torch.device")
 
 

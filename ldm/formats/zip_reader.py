@@ -37,6 +37,7 @@ STORED, DEFLATED = 0, 8
 SIZES_FOLLOW = 1 << 3  # the local header may leave CRC and sizes to a record after the data
 USUAL = SIZES_FOLLOW | 1 << 1 | 1 << 2 | 1 << 11  # flags of compression effort and of UTF-8 names
 SATURATED = 0xFFFFFFFF  # of a 32-bit field: the value is in the zip64 extra field
+WORTH_A_THREAD = 1 << 26  # bytes to check
 MAX_MEMBERS = 50_000
 MAX_NAME = 500
 MAX_PICKLE = 16_000_000
@@ -214,13 +215,14 @@ def check_little_endian(order: bytes | bytearray) -> None:
 def check_stored(file: MappedFile, members: Iterable[Member]) -> None:
     """Compare the CRC-32 of every stored member, known or not: damage anywhere is seen."""
     stored = [member for member in members if member.method == STORED]
-    workers = os.cpu_count() or 1
+    workers = min(os.cpu_count() or 1, 1 + file.size // WORTH_A_THREAD)
 
     def first_damaged(share: list[Member]) -> Member | None:
         return next((m for m in share if file.crc(m.start, m.end) != m.crc), None)
 
     with ThreadPoolExecutor(workers) as threads:
-        for member in threads.map(first_damaged, [stored[i::workers] for i in range(workers)]):
+        apply = threads.map if workers > 1 else map
+        for member in apply(first_damaged, [stored[i::workers] for i in range(workers)]):
             if member:
                 raise CheckpointError(f"{printable(member.name)} inside it is damaged; download it again")
 
