@@ -71,6 +71,7 @@ def plan(models: Models, request: Request) -> Plan:
     sampler, spacing = parse(request.sampler or family.sampler)
     if request.schedule is not None:
         spacing = schedules.spacing_name(request.schedule)
+    spacing = family.spacings.get(spacing, spacing)
     sampler.check_options(request.sampler_options())
     steps = request.steps or family.steps
     sigmas = sampler.sigmas(

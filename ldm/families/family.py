@@ -5,7 +5,7 @@ default settings), which names its checkpoints use, and how it turns a prompt in
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,10 @@ class Family:
     steps: int = 20
     sampler: str = "DPM++ 2M Karras"
     cfg_scale: float = 7.0
+
+    spacings: Mapping[str, str] = field(
+        default_factory=dict
+    )  # named spacings that are others for this family
 
     vector: Callable[[Tensor, Picture], Tensor] | None = None  # pooled text (B, P), sizes -> (B, V)
     zero_empty_negative: bool = False  # an empty negative prompt is zeros instead of the encoded ""

@@ -23,6 +23,7 @@ def refiner_vector(pooled: Tensor, picture: Picture) -> Tensor:
 
 
 BIGG = "conditioner.embedders.{}.model."
+TABLES = {"align_your_steps": "align_your_steps_sdxl", "gits": "gits_sdxl"}
 
 SDXL = Family(
     name="sdxl",
@@ -36,6 +37,7 @@ SDXL = Family(
     head_dim=64,
     scale=0.13025,
     size=1024,
+    spacings=TABLES,
     vector=base_vector,
     zero_empty_negative=True,
 )
@@ -48,5 +50,6 @@ SDXL_REFINER = Family(
     head_dim=64,
     scale=0.13025,
     size=1024,
+    spacings=TABLES,
     vector=refiner_vector,
 )
