@@ -92,7 +92,7 @@ def read(file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def check_cover(entries: list[Entry], size: int) -> None:
     """Sort `entries` by their bytes and demand that they cover [0, size) exactly, each byte once."""
-    entries.sort()
+    entries.sort(key=lambda entry: (entry.start, entry.end))
     position = 0
     for entry in entries:
         if entry.start != position:

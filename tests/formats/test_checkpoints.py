@@ -216,7 +216,7 @@ def test_python_2_texts_and_ordered_dicts_are_read(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_neither_text_nor_small_numbers_are_dropped(tmp_path: Path) -> None:
-    """Hashing an arbitrary key could be made slow, and no weight has one. Lightning 1.4 has classes as keys."""
+    """Hashing an arbitrary key could be made slow, and no weight has one. Lightning 1.4 used classes."""
     callback = name("pytorch_lightning.callbacks", "ModelCheckpoint")
     path = tmp_path / "a.pt"
     path.write_bytes(

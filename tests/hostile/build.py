@@ -310,7 +310,7 @@ def zips(good: bytes) -> dict[str, bytes]:
         "two_pickles": zipped(good, {"data/0": FLOATS, "b/data.pkl": good}),
         "two_names": zipped(good, {"data/0": FLOATS, "DATA/0": FLOATS}),
         "two_pickle_cases": zipped(good, {"data/0": FLOATS, "Data.pkl": good}),
-        "pickle_bomb": zipped(bytes(50_000_000), method=zipfile.ZIP_DEFLATED),
+        "pickle_bomb": zipped(bytes(20_000_000), method=zipfile.ZIP_DEFLATED),
         "storage_bomb": zipped(
             state_dict(tensor(storage(numel=1 << 24), shape=(1 << 24,))), {"data/0": bytes(1 << 26)}, 8
         ),

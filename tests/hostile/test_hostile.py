@@ -16,9 +16,21 @@ import torch
 from ldm import formats
 from ldm.errors import CheckpointError
 from tests.hostile.build import calls, hostile_files, mistakes, state_dict, tensor, zipped
+from tests.hostile.fuzz import run
 
 SECONDS = 1.0  # of processor time for one refusal
 MEGABYTES = 64
+
+
+@pytest.fixture(scope="module")
+def marker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that a payload would create."""
+    return tmp_path_factory.mktemp("marker") / "EXECUTED"
+
+
+@pytest.fixture(scope="module")
+def hostile(marker: Path) -> dict[str, bytes]:
+    return hostile_files(marker)
 
 
 def peak_memory() -> float:
@@ -32,9 +44,8 @@ def refusal(path: Path) -> str:
     return str(error.value)
 
 
-def test_the_payloads_are_live(tmp_path: Path) -> None:
+def test_the_payloads_are_live(marker: Path) -> None:
     """The samples prove something only if Python's own machine runs them."""
-    marker = tmp_path / "EXECUTED"
     for key, pickled in calls(marker).items():
         if key in ("setstate", "load_from_bytes", "hidden_in_opaque", "python2", "dotted"):
             continue  # these need the classes or the loader of another program
@@ -48,11 +59,12 @@ def test_the_payloads_are_live(tmp_path: Path) -> None:
         marker.unlink()
 
 
-def test_every_hostile_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    marker = tmp_path / "EXECUTED"
+def test_every_hostile_file_is_refused_in_one_line(
+    tmp_path: Path, marker: Path, hostile: dict[str, bytes]
+) -> None:
     assert formats.read(write(tmp_path / "good.ckpt", zipped(state_dict(tensor())))).tensors
     resettable = os.access("/proc/self/clear_refs", os.W_OK)
-    for name, content in hostile_files(marker).items():
+    for name, content in hostile.items():
         path = write(tmp_path / name, content)
         if resettable:
             Path("/proc/self/clear_refs").write_text("5")  # reset the peak
@@ -72,13 +84,14 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_loading_imports_and_executes_nothing(tmp_path: Path) -> None:
+def test_loading_imports_and_executes_nothing(
+    tmp_path: Path, marker: Path, hostile: dict[str, bytes]
+) -> None:
     """Python's own audit events, raised by its interpreter, not by our code."""
-    marker = tmp_path / "EXECUTED"
     files = [
         write(tmp_path / name, content)
-        for name, content in hostile_files(marker).items()
-        if "bomb" not in name
+        for name, content in hostile.items()
+        if "bomb" not in name and len(content) < 100_000
     ]
     target = io.BytesIO()
     torch.save({"state_dict": {"a": torch.ones(3)}}, target)
@@ -206,3 +219,7 @@ def test_the_reader_of_pickles_is_small_and_imports_little() -> None:
         }
         assert ours <= {"ldm.errors", "ldm.formats.mapped", "ldm.formats.pickle_names"}
         assert source.count("\n") < 400
+
+
+def test_random_damage_ends_in_tensors_or_one_error(tmp_path: Path) -> None:
+    assert run(tmp_path, seed=0, files=1000) == 1000
