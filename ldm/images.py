@@ -48,7 +48,8 @@ def to_pil(pixels: Tensor, text: str | None = None) -> Image.Image:
 def with_text(image: Image.Image, text: str) -> Image.Image:
     """Let a picture carry its settings: in `info`, as if read from a file, and into every PNG made of it."""
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_text("parameters", text)
+    # Half a surrogate pair, from a badly encoded command line, fits into no file.
+    chunks.add_text("parameters", text.encode("utf-8", "replace").decode())
     image.info["parameters"] = text
     # Pillow writes no text from `info`, but takes the options of `save` from here, too.
     image.encoderinfo = {"pnginfo": chunks}

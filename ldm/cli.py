@@ -1,0 +1,151 @@
+"""What the command lines in scripts/ share: where pictures go, how a run is watched and how it ends."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from tqdm import tqdm
+
+from ldm.errors import LdmError, RequestError
+from ldm.files import remove_unfinished
+from ldm.images import save_numbered, save_png
+from ldm.models import Models
+from ldm.pipeline import pictures, plan, sample
+from ldm.request import Request
+
+
+class Exit(IntEnum):
+    """Exit codes."""
+
+    DONE = 0
+    FAILED = 1  # something failed, perhaps only some of the pictures
+    USAGE = 2  # a value, a file or a request that cannot work
+    DISK = 3  # reading or writing failed: a full disk, a missing permission
+    STOPPED = 130  # by Ctrl-C or a polite kill
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where pictures go: a folder, in which they are numbered, or the .png file of a single one."""
+
+    path: Path
+    overwrite: bool = False  # whether a file may be replaced; in a folder, nothing ever is
+
+    def prepare(self, pictures: int) -> None:
+        """Make the folder. Raises RequestError if that many pictures cannot be saved."""
+        if self.path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif"):
+            raise RequestError(f"pictures are saved as .png, not as {self.path.suffix}")
+        if self._is_file and pictures > 1:
+            raise RequestError(f"{self.path} is one file for {pictures} pictures; give a folder")
+        if self._is_file and self.path.exists() and not self.overwrite:
+            raise RequestError(f"{self.path} exists already; choose another name or add --overwrite")
+        folder = self.path.parent if self._is_file else self.path
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"cannot make the folder {folder}: {error.strerror}") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise RequestError(f"the folder {folder} is not writable")
+        remove_unfinished(folder)
+
+    def save(self, image: Image, name: str) -> None:
+        """Save a picture and print its path. name: what follows the number in a folder."""
+        path = self.path
+        if self._is_file:
+            save_png(image, path, overwrite=self.overwrite)
+        else:
+            path = save_numbered(image, path, name)
+        tqdm.write(str(path))  # on stdout, without tearing the progress bar
+        sys.stdout.flush()
+
+    @property
+    def _is_file(self) -> bool:
+        return self.path.suffix.lower() == ".png"
+
+
+def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Request], None]) -> Exit:
+    """Draw requests that differ in prompt and seed only, under a progress bar.
+
+    save: gets each picture as soon as it is finished, with the request that makes it alone.
+    A request that fails is reported and the others go on. Ctrl-C ends the run; what was saved stays.
+    Raises LdmError if the requests do not fit the model, OSError as `save` does.
+    """
+    run = plan(models, requests[0])
+    steps = len(run.sigmas) - 1
+    total, done, failed = sum(request.batch_size for request in requests), 0, False
+    seed = run.request.seed  # of the next picture
+    with tqdm(total=len(requests) * steps, unit="step", dynamic_ncols=True) as bar:
+        for i, request in enumerate(requests):
+            seed = request.seed
+            try:
+                latents = None
+                for step in sample(models, request):
+                    latents = step.x
+                    bar.update()
+                assert latents is not None
+                bar.update((i + 1) * steps - bar.n)  # some samplers choose their number of steps themselves
+                for latent in latents:
+                    one = replace(request, seed=seed, batch_size=1)
+                    [image] = pictures(models, replace(run, request=one), latent.unsqueeze(0))
+                    save(image, one)
+                    done += 1
+                    seed += 1
+            except LdmError as error:
+                failed = True
+                bar.write(f"{request.prompt[:40]!r}: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                bar.close()
+                print(
+                    f"stopped; {done} of {total} pictures are done, the next has seed {seed}", file=sys.stderr
+                )
+                return Exit.STOPPED
+    if failed:
+        print(f"{done} of {total} pictures are done", file=sys.stderr)
+        return Exit.FAILED if done else Exit.USAGE
+    return Exit.DONE
+
+
+def device(name: str) -> torch.device:
+    """The device of this name; "auto" is the best one here. Raises RequestError if it does not exist."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:1 or mps") from None
+    mps = int(torch.backends.mps.is_available())
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps}.get(chosen.type, 0)
+    if (chosen.index or 0) >= count:
+        raise RequestError(f"torch can use no device {name!r} here; --device cpu always works")
+    return chosen
+
+
+def report(program: str, error: Exception) -> Exit:
+    """Say in one line on stderr what ended a program; return the exit code for it."""
+    match error:
+        case LdmError():
+            text, code = str(error), Exit.USAGE
+        case OSError():
+            text, code = str(error), Exit.DISK
+        case _ if _out_of_memory(error):
+            text, code = (
+                "out of memory; try a smaller picture, --batch-size 1 or --dtype float16",
+                Exit.FAILED,
+            )
+        case _:
+            first = str(error).strip().partition("\n")[0]
+            text, code = f"{type(error).__name__}: {first} (--debug shows where)", Exit.FAILED
+    print(f"{program}: {text}", file=sys.stderr)
+    return code
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # On the CPU, torch raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
