@@ -9,7 +9,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,9 +48,13 @@ DROPPED = (
 )
 """(pattern of names, why a loader leaves these weights out)."""
 
+STATED = {"v": Prediction.V, "v_prediction": Prediction.V, "epsilon": Prediction.EPS, "eps": Prediction.EPS}
+"""Values of `modelspec.prediction_type` in metadata (Stability AI's model specification, and trainers)."""
+
 _DROP = re.compile("|".join(pattern for pattern, _ in DROPPED))
 
 M = TypeVar("M", bound=nn.Module)
+TextEncoder = ClipTextModel | BertTextModel | nn.Embedding
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,8 @@ def load(
 
     Raises CheckpointError, one line, if the file is damaged, incomplete or something else.
     """
+    if prediction is not None:
+        prediction = _as_prediction(prediction)
     source = Path(path) if path is not None else DEFAULT_MODEL
     if path is None and not source.exists():
         raise CheckpointError("the embedded model is not in this installation; give the path of a checkpoint")
@@ -93,24 +98,24 @@ def load(
     try:
         family = recognise({name: tuple(w.shape) for name, w in weights.items()})
         unet = _unet(weights, family, device, dtype)
-        autoencoder = _vae(strip(weights, VAE), family.scale, device)
-        if vae is not None:
-            autoencoder = load_vae(vae, scale=family.scale, device=device)
+        autoencoder = None if vae is not None else _vae(strip(weights, VAE), family.scale, device)
         encoders = _encoders(weights, family, device, dtype)
     except CheckpointError as error:
         raise _named(source, error) from None
-
+    if vae is not None:
+        autoencoder = load_vae(vae, scale=family.scale, device=device)
+    try:
+        _check_fit(unet, autoencoder, encoders)
+    except CheckpointError as error:
+        raise _named(source, error) from None
     _report_unknown(weights, family, source)
 
     schedule = family.schedule()
-    if ZERO_SNR_MARKER in weights:
+    if ZERO_SNR_MARKER in file.tensors:
         schedule = schedule.zero_terminal_snr()
-    known = _prediction(prediction, family, file, weights)
-    denoiser = Denoiser(unet, schedule, known or Prediction.EPS, dtype)
-    if known is None:
-        denoiser = replace(denoiser, prediction=probe_prediction(unet))
-    tokenizer = _tokenizer(family, vocabulary)
-    return Models(family, denoiser, autoencoder, encoders, tokenizer, source)
+    predicts = prediction or _stated_prediction(file) or family.prediction or probe_prediction(unet)
+    denoiser = Denoiser(unet, schedule, predicts, dtype)
+    return Models(family, denoiser, autoencoder, encoders, _tokenizer(family, vocabulary), source)
 
 
 def load_vae(
@@ -129,6 +134,30 @@ def load_vae(
     if loaded is None:
         raise CheckpointError(f"{Path(path).name}: there is no autoencoder in this file")
     return loaded
+
+
+def _check_fit(
+    unet: UNet, autoencoder: AutoencoderKL | VQModel | None, encoders: Iterable[TextEncoder]
+) -> None:
+    """Raise CheckpointError if the parts cannot work together: somebody put two models into one."""
+    if autoencoder is not None and autoencoder.config.embed_dim != unet.config.out_channels:
+        raise CheckpointError(
+            f"the autoencoder is another model's: its latents have {autoencoder.config.embed_dim} channels, "
+            f"those of the UNet {unet.config.out_channels}"
+        )
+    widths = [e.embedding_dim if isinstance(e, nn.Embedding) else e.config.width for e in encoders]
+    if widths and sum(widths) != unet.config.context_dim:
+        raise CheckpointError(
+            f"the text encoder is another model's: its states are {sum(widths)} wide, "
+            f"the UNet reads {unet.config.context_dim}"
+        )
+
+
+def _as_prediction(name: Prediction | str) -> Prediction:
+    try:
+        return Prediction(name)
+    except ValueError:
+        raise RequestError(f"prediction must be 'eps' or 'v', got {name!r}") from None
 
 
 def _named(path: Path, error: CheckpointError) -> CheckpointError:
@@ -162,25 +191,27 @@ def _normalised(file: WeightFile) -> dict[str, Tensor]:
 
 def _with_averages(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
     """The UNet's weights replaced by their averages, stored without the dots of the names (CompVis)."""
-    averaged = dict(weights)
-    found = False
-    for name in weights:
-        if name.startswith(UNET):
-            average = "model_ema." + name.removeprefix("model.").replace(".", "")
-            if average in weights:
-                averaged[name] = weights[average]
-                found = True
-    if not found:
-        raise CheckpointError(f"{source.name}: there are no averaged (EMA) weights in this file")
-    return averaged
+    average_of = {
+        name: "model_ema." + name.removeprefix("model.").replace(".", "")
+        for name in weights
+        if name.startswith(UNET)
+    }
+    missing = sum(average not in weights for average in average_of.values())
+    if missing:
+        error = f"{missing} of {len(average_of)} averaged (EMA) weights are not in this file"
+        raise _named(source, CheckpointError(error))
+    return dict(weights) | {name: weights[average] for name, average in average_of.items()}
 
 
 def _build(
     make: Callable[[], M], weights: Mapping[str, Tensor], part: str, device: torch.device, dtype: torch.dtype
 ) -> M:
     """A module with these weights: built on meta, every name and shape checked, assigned."""
-    with torch.device("meta"):
-        module = make()
+    try:
+        with torch.device("meta"):
+            module = make()
+    except (ArithmeticError, IndexError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the shapes of the {part} weights make no network: {error}") from None
     expected = {name: tuple(w.shape) for name, w in module.state_dict().items()}
     given = {name: w for name, w in weights.items() if name in expected or not _DROP.fullmatch(name)}
 
@@ -202,10 +233,15 @@ def _build(
             f"{len(wrong)} {part} weights have a wrong shape, first: {_few(wrong[:1])} is {shape}, "
             f"not {right}"
         )
-    broken = [name for name, w in given.items() if not torch.isfinite(w.sum(dtype=torch.float32))]
+    converted = {name: w.to(device, dtype) for name, w in given.items()}
+    # One number tells of a whole tensor. A weight may also have become infinite just now, in float16.
+    broken = [name for name, w in converted.items() if not torch.isfinite(w.sum(dtype=torch.float32))]
     if broken:
-        raise CheckpointError(f"{len(broken)} {part} weights hold NaN or infinity, first: {_few(broken)}")
-    module.load_state_dict({name: w.to(device, dtype) for name, w in given.items()}, assign=True)
+        raise CheckpointError(
+            f"{len(broken)} {part} weights hold NaN or infinity (as {str(dtype).removeprefix('torch.')}), "
+            f"first: {_few(broken)}"
+        )
+    module.load_state_dict(converted, assign=True)
     return module.eval().requires_grad_(False)
 
 
@@ -234,14 +270,14 @@ def _vae(weights: Mapping[str, Tensor], scale: float, device: torch.device) -> A
 
 def _encoders(
     weights: Mapping[str, Tensor], family: Family, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, ...]:
+) -> tuple[TextEncoder, ...]:
     """The text encoders; none for a file that holds only a UNet."""
     if not any(strip(weights, part.prefix) for part in family.parts):
         return ()
     return tuple(_encoder(strip(weights, part.prefix), part, device, dtype) for part in family.parts)
 
 
-def _encoder(own: Mapping[str, Tensor], part: Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _encoder(own: Mapping[str, Tensor], part: Part, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     match part:
         case ClipPart():
             if part.openclip:
@@ -262,22 +298,11 @@ def _tokenizer(family: Family, vocabulary: str | os.PathLike[str] | None) -> Tok
     return Tokenizer() if any(isinstance(part, ClipPart) for part in family.parts) else None
 
 
-def _prediction(
-    given: Prediction | str | None, family: Family, file: WeightFile, weights: Mapping[str, Tensor]
-) -> Prediction | None:
-    """What the network predicts: the user's word, a marker, the metadata, the family; None: unknown."""
-    if given is not None:
-        try:
-            return Prediction(given)
-        except ValueError:
-            raise RequestError(f"prediction must be 'eps' or 'v', got {given!r}") from None
-    if V_MARKER in weights:
+def _stated_prediction(file: WeightFile) -> Prediction | None:
+    """What a file says itself, by a marker or in its metadata, of what the network predicts."""
+    if V_MARKER in file.tensors:
         return Prediction.V
-    # The model specification of Stability AI and the trainers that follow it.
-    stated = file.metadata.get("modelspec.prediction_type", "").lower()
-    if stated in ("v", "v_prediction", "epsilon", "eps"):
-        return Prediction.V if stated.startswith("v") else Prediction.EPS
-    return family.prediction
+    return STATED.get(file.metadata.get("modelspec.prediction_type", "").lower())
 
 
 @torch.no_grad()

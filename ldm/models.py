@@ -55,8 +55,11 @@ class Models:
 
     @cached_property
     def hash(self) -> str | None:
-        """The first 10 hexadecimal digits of the file's sha256, the "model hash" of pictures."""
-        if self.path is None:
+        """The first 10 hexadecimal digits of the file's sha256, the "model hash" of pictures.
+
+        None where there is no file, or no longer: a finished picture must not fail on that.
+        """
+        if self.path is None or not self.path.exists():
             return None
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
@@ -109,9 +112,12 @@ class Models:
         """Write a .safetensors file in the original single-file layout, whole or not at all.
 
         dtype: of the written weights; None keeps them as they are.
+        metadata: more facts to write into the file, beside what the network predicts.
         Raises LdmError if `path` exists and `overwrite` is False.
         """
         weights = self.state_dict()
         if dtype is not None:
             weights = {name: w.to(dtype) for name, w in weights.items()}
-        write_safetensors(path, weights, metadata, overwrite=overwrite)
+        predicts = "v" if self.denoiser.prediction is Prediction.V else "epsilon"
+        facts = {"modelspec.prediction_type": predicts, **(metadata or {})}
+        write_safetensors(path, weights, facts, overwrite=overwrite)

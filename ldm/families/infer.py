@@ -4,7 +4,8 @@ A checkpoint needs no configuration file: the shapes say everything but the numb
 each family knows. So unusual sizes (small models, pruned ones) load like the published ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 
 from ldm.errors import CheckpointError
@@ -17,6 +18,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Parameter name, relative to the part -> shape."""
 
 
+@contextmanager
+def _reading(part: str) -> Iterator[None]:
+    """Turn what goes wrong with the shapes of strange files into a CheckpointError."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(
+            f"the {part} is incomplete or of an unknown kind: there is no {error}"
+        ) from None
+    except (IndexError, ValueError, ZeroDivisionError):
+        raise CheckpointError(f"the {part} is of an unknown kind: its weights have other shapes") from None
+
+
 def length(shapes: Shapes, pattern: str) -> int:
     """How many of `pattern` exist when its "{}" counts up from 0, as in "up.{}.block.0.conv1.weight"."""
     return next(i for i in count() if pattern.format(i) not in shapes)
@@ -27,7 +41,7 @@ def unet_config(shapes: Shapes, *, num_heads: int | None, head_dim: int | None) 
 
     Raises CheckpointError if the names make no UNet.
     """
-    try:
+    with _reading("UNet"):
         model_channels, in_channels = shapes["input_blocks.0.0.weight"][:2]
         out_channels = shapes["out.2.weight"][0]
         widths: list[int] = []  # of each level
@@ -72,8 +86,6 @@ def unet_config(shapes: Shapes, *, num_heads: int | None, head_dim: int | None) 
             num_classes=classes[0] if classes else None,
             scale_shift_norm=embedding[0] == 2 * widths[0],
         )
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the UNet is incomplete or of an unknown kind: no sense in {error}") from None
 
 
 def _attention_depth(shapes: Shapes, block: str) -> int:
@@ -88,9 +100,10 @@ def vae_config(shapes: Shapes, *, scale: float) -> VAEConfig:
 
     Raises CheckpointError if the names make no autoencoder.
     """
-    try:
+    with _reading("autoencoder"):
         ch, in_channels = shapes["encoder.conv_in.weight"][:2]
-        levels = range(length(shapes, "encoder.down.{}.block.0.conv1.weight"))
+        # There is at least one level: the error of its absence says what is missing.
+        levels = range(max(1, length(shapes, "encoder.down.{}.block.0.conv1.weight")))
         codebook = shapes.get("quantize.embedding.weight")
         return VAEConfig(
             in_channels=in_channels,
@@ -104,13 +117,11 @@ def vae_config(shapes: Shapes, *, scale: float) -> VAEConfig:
             codebook_size=codebook[0] if codebook else None,
             scale=scale,
         )
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"the autoencoder is incomplete: no sense in {error}") from None
 
 
 def clip_config(shapes: Shapes, *, quick_gelu: bool) -> ClipTextConfig:
     """The configuration of a CLIP text encoder from shapes in Hugging Face's layout."""
-    try:
+    with _reading("text encoder"):
         vocab_size, width = shapes["text_model.embeddings.token_embedding.weight"]
         projection = shapes.get("text_projection.weight")
         return ClipTextConfig(
@@ -122,13 +133,11 @@ def clip_config(shapes: Shapes, *, quick_gelu: bool) -> ClipTextConfig:
             quick_gelu=quick_gelu,
             projection_dim=projection[0] if projection else None,
         )
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the text encoder is incomplete: no sense in {error}") from None
 
 
 def bert_config(shapes: Shapes) -> BertConfig:
     """The configuration of the BERT-style encoder of text2image-large."""
-    try:
+    with _reading("text encoder"):
         vocab_size, width = shapes["transformer.token_emb.weight"]
         return BertConfig(
             width=width,
@@ -137,5 +146,3 @@ def bert_config(shapes: Shapes) -> BertConfig:
             vocab_size=vocab_size,
             context_length=shapes["transformer.pos_emb.emb.weight"][0],
         )
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the text encoder is incomplete: no sense in {error}") from None
