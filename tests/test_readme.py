@@ -76,7 +76,7 @@ def test_the_facts_of_every_family_are_stated():
     for family in FAMILIES:
         row = rows[family.name]
         assert row["input channels"] == str(family.in_channels)
-        assert row["context widths"] == (", ".join(map(str, family.context_dims)) or "any")
+        assert row["context widths"] == (", ".join(map(str, family.context_dims)) or "-")
         assert row["predicts"] == (family.prediction.value if family.prediction else "eps or v")
         assert row["latent scale"] == str(family.scale)
         assert row["size"] == f"{family.size}" + (f" (v: {family.size_v})" if family.size_v else "")
