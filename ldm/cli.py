@@ -72,10 +72,11 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
     """Draw requests that differ in prompt and seed only, under a progress bar.
 
     save: gets each picture as soon as it is finished, with the request that makes it alone.
-    A request that fails is reported and the others go on. Ctrl-C ends the run; what was saved stays.
-    Raises LdmError if the requests do not fit the model, OSError as `save` does.
+    Of several requests, one that fails is reported and the others go on. Ctrl-C ends the run; what was saved
+    stays. Raises LdmError if the requests do not fit the model, OSError as `save` does.
     """
     run = plan(models, requests[0])
+    print(f"{models.name}: {models.describe()}", file=sys.stderr)
     steps = len(run.sigmas) - 1
     total, done, failed = sum(request.batch_size for request in requests), 0, False
     seed = run.request.seed  # of the next picture
@@ -96,6 +97,8 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
                     done += 1
                     seed += 1
             except LdmError as error:
+                if len(requests) == 1:
+                    raise
                 failed = True
                 bar.write(f"{request.prompt[:40]!r}: {error}", file=sys.stderr)
             except KeyboardInterrupt:

@@ -44,14 +44,17 @@ class Request:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise RequestError(f"{field.name} must be a finite number, got {value}")
-        _check("seed", self.seed, 0, MAX_SEED)
         _check("batch_size", self.batch_size, 1, 1024)
+        _check("seed", self.seed, 0, MAX_SEED + 1 - self.batch_size)
         _check("steps", self.steps, 1, 10_000)
         _check("width", self.width, 8, 16_384)
         _check("height", self.height, 8, 16_384)
         _check("cfg_scale", self.cfg_scale, 0, 1000)
         _check("cfg_rescale", self.cfg_rescale, 0, 1)
         _check("clip_skip", self.clip_skip, 1, 100)
+        _check("order", self.order, 1, 4)
+        for name in ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "sigma_min", "sigma_max", "rho"):
+            _check(name, getattr(self, name), 0, 1_000_000)
 
     def sampler_options(self) -> dict[str, float]:
         """The options of the sampler that were given."""

@@ -86,15 +86,25 @@ def parser() -> Parser:
     options.add_argument("--order", type=int, metavar="N")
 
     files = p.add_argument_group("files")
-    files.add_argument("--out", "--outdir", type=Path, default=Path("outputs"), metavar="PATH",
-                       help="folder (default: outputs), or the .png file of a single picture")  # fmt: skip
+    files.add_argument(
+        "--out",
+        "--outdir",
+        type=Path,
+        default=Path("outputs"),
+        metavar="PATH",
+        help="folder (default: outputs), or the .png file of a single picture",
+    )
     files.add_argument("--overwrite", action="store_true", help="let --out replace an existing file")
-    files.add_argument("--no-grid", "--skip-grid", action="store_true", help="no sheet of all pictures")
+    files.add_argument(
+        "--no-grid", "--skip-grid", action="store_true", help=f"no sheet of all pictures (up to {MAX_GRID})"
+    )
     files.add_argument("--skip-save", action="store_true", help="save only the sheet")
     files.add_argument("--debug", action="store_true", help="show where an error comes from")
 
-    old = p.add_argument_group("flags of the original script", "--n_samples, --scale, --H, --W, --outdir, "
-                               "--skip_grid and --skip_save work, too.")  # fmt: skip
+    old = p.add_argument_group(
+        "flags of the original script",
+        "Beside these, --n_samples, --scale, --H, --W, --outdir, --skip_grid and --skip_save.",
+    )
     old.add_argument(
         "--ddim-steps", type=int, metavar="N", help="--steps, and --sampler DDIM if none is named"
     )
@@ -152,9 +162,10 @@ def requests(a: argparse.Namespace) -> list[Request]:
 
     if a.n_iter < 1:
         raise RequestError(f"--n-iter must be at least 1, got {a.n_iter}")
-    for name in ("width", "height"):
-        if (getattr(a, name) or 0) % 8:
-            raise RequestError(f"--{name} must be a multiple of 8, got {getattr(a, name)}")
+    for name, value in (("width", a.width), ("height", a.height)):
+        if value is not None and value % 8:
+            near = max(8, round(value / 8) * 8)
+            raise RequestError(f"{name} must be a multiple of 8, got {value}; try {near}")
     first = Request(
         negative_prompt=a.negative,
         seed=secrets.randbelow(2**32) if a.seed == -1 else a.seed,
@@ -225,8 +236,6 @@ def draw(a: argparse.Namespace) -> int:
         ema=a.ema,
         vocabulary=a.vocabulary,
     )
-    print(f"{models.name}: {models.describe()}", file=sys.stderr)
-
     sheet: list[Image] = []
 
     def save(image: Image, request: Request) -> None:
