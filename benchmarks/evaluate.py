@@ -186,13 +186,16 @@ def evaluate(models: Models, data: IconSet, judge: Judge) -> dict:
 
 
 def facts(models: Models, data: IconSet, judge: Judge) -> dict:
-    """What was measured with what."""
+    """What was measured with what. Raises LdmError for a model that was trained on the pictures held out here."""
+    metadata = dict(read(models.path).metadata) if models.path else {}
+    if metadata.get("scope", "small") != "small":
+        raise LdmError("this model was trained on the full scope, which holds out other pictures")
     count = len(data.indices(holdout=True))
     return {
         "protocol": PROTOCOL,
         "model": models.describe(),
         "model hash": models.hash,
-        "model metadata": dict(read(models.path).metadata) if models.path else {},
+        "model metadata": metadata,
         "captions": count,
         "pictures per caption": PICTURES,
         "seeds": {
@@ -217,7 +220,9 @@ def table(report: dict) -> str:
         lines.append(f"{name:26}" + "".join(f"{row[key]!s:>20}" for key in ("top1", "top5", "style")))
     lines.append("")
     for name, row in report["novelty"].items():
-        lines += [f"{name}, nearest training picture: {key}: {value!s}" for key, value in row.items()]
+        for key, value in row.items():
+            shown = f"{value:.2f}" if isinstance(value, float) else str(value)
+            lines.append(f"{name}, nearest training picture: {key}: {shown}")
     lines.append(f"autoencoder PSNR, dB: {report['autoencoder PSNR, dB']}")
     return "\n".join(lines)
 
@@ -241,11 +246,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embedded-model.json"))
     arguments = parser.parse_args()
 
+    if not arguments.data.exists():
+        parser.exit(
+            1, f"{arguments.data} is missing; python scripts/build_dataset.py --scope small makes it\n"
+        )
     start = time.process_time()
     data = IconSet.load(arguments.data)
     judge = judges.load(data, arguments.judge, JudgeConfig())
     models = ldm.load(arguments.model)
-    report = facts(models, data, judge) | evaluate(models, data, judge)
+    try:
+        report = facts(models, data, judge) | evaluate(models, data, judge)
+    except LdmError as error:
+        parser.exit(1, f"{error}\n")
     report["CPU seconds"] = time.process_time() - start
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
