@@ -105,13 +105,15 @@ def _load(path: Path) -> tuple[Any, dict[str, str]]:
     """The structure and the metadata of a weight file of any kind, which its first bytes tell."""
     with MappedFile(path) as file:
         named_safetensors = path.suffix.lower() == ".safetensors"
-        pickled = file.data[:4] == ZIP or file.data[:30].startswith(PICKLE)
+        # Asked first: the length at the start of a safetensors file may begin with 0x80, as a pickle does.
+        safetensors = safetensors_file.is_plausible(file)
+        pickled = not safetensors and (file.data[:4] == ZIP or file.data[:30].startswith(PICKLE))
         if pickled and named_safetensors:
             raise CheckpointError("it is named .safetensors but holds a pickle; rename it to .ckpt")
         if pickled:
             tree = (zip_reader if file.data[:4] == ZIP else legacy).read_tree(file)
             return tree, _lightning_metadata(tree)
-        if not safetensors_file.is_plausible(file):
+        if not safetensors:
             beginning = file.data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
             for starts, what in MISTAKES.items():
                 if beginning.startswith(starts):
