@@ -186,7 +186,7 @@ def evaluate(models: Models, data: IconSet, judge: Judge) -> dict:
 
 
 def facts(models: Models, data: IconSet, judge: Judge) -> dict:
-    """What was measured with what. Raises LdmError for a model that was trained on the pictures held out here."""
+    """What was measured with what. Raises LdmError for a model that knows the pictures held out here."""
     metadata = dict(read(models.path).metadata) if models.path else {}
     if metadata.get("scope", "small") != "small":
         raise LdmError("this model was trained on the full scope, which holds out other pictures")
