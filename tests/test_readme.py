@@ -97,7 +97,7 @@ def test_the_recipe_of_the_embedded_model_is_stated():
         assert stated["autoencoder: learning rate"] == f"{scope.vae_loop.lr:g}"
         assert stated["autoencoder: average"] == f"{scope.vae_loop.ema_decay:g}"
         assert stated["text and UNet: batch, steps"] == f"{scope.batch:,}, {scope.loop.steps:,}"
-        assert stated["text and UNet: pictures seen"] == f"{scope.batch * scope.loop.steps:,}"
+        assert stated["text and UNet: samples"] == f"{scope.batch * scope.loop.steps:,}"
         assert stated["text and UNet: learning rate"] == f"{scope.loop.lr:g}"
         assert stated["text and UNet: average"] == f"{scope.loop.ema_decay:g}"
         assert stated["UNet: width, levels"] == f"{scope.unet.model_channels}, {scope.unet.channel_mult}"
@@ -110,6 +110,14 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(example, {})
     assert (tmp_path / "apple.png").exists()
+
+
+def test_the_example_for_students_arrives_at_the_data(capsys: pytest.CaptureFixture[str]):
+    page = (ROOT / "docs/samplers.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(example, {})
+    [stated] = re.findall(r"a mean of (\S+) and a\s+deviation of (\S+):", page)
+    assert capsys.readouterr().out.rstrip().endswith("mean {}  deviation {}".format(*stated))
 
 
 @cache
