@@ -61,7 +61,7 @@ SMALL = Scope(
         num_heads=4,
     ),
     text=ClipTextConfig(width=128, layers=2, heads=2, quick_gelu=True),
-    loop=LoopConfig(steps=7000, lr=6e-4, warmup=200, ema_decay=0.999, save_every=250),
+    loop=LoopConfig(steps=6000, lr=6e-4, warmup=200, ema_decay=0.999, save_every=250),
     batch=64,
 )
 FULL = Scope(

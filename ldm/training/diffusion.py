@@ -23,6 +23,7 @@ from ldm.vae import AutoencoderKL
 COLOURED = 0.25  # share of pictures on a named colour, the rest on white
 EMPTY = 0.10  # share of empty captions, for guidance (Ho and Salimans 2022, arXiv:2207.12598, section 3.2)
 MIN_SNR = 5.0
+NOISES = 2  # noise levels for each picture of a batch: they share one run of the text encoder
 
 
 class TextToImage(nn.Module):
@@ -122,7 +123,7 @@ def train_diffusion(
     run = Run(model, loop, folder)
     run.resume()
     _, world = rank_and_world()
-    count = batch_size // world
+    count = batch_size // world // NOISES
     tokenizer = Tokenizer()
     abar = torch.tensor(NoiseSchedule.scaled_linear().alphas_cumprod, dtype=torch.float32, device=device)
     weights = torch.tensor([icon.weight for icon in views.icons])
@@ -133,12 +134,12 @@ def train_diffusion(
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
         drawn = [draw_view(views, i, rng) for i in chosen]
-        z = torch.stack([latent for latent, _ in drawn]).float().to(device)
+        z = torch.stack([latent for latent, _ in drawn]).float().to(device).repeat(NOISES, 1, 1, 1)
         tokens = torch.tensor([tokenizer.pad(tokenizer.encode(words)) for _, words in drawn]).to(device)
-        t = stratified_timesteps(count, len(abar), generator).to(device)
+        t = stratified_timesteps(len(z), len(abar), generator).to(device)
         noise = torch.randn(z.shape, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            context = text_model(tokens).hidden
+            context = text_model(tokens).hidden.repeat(NOISES, 1, 1)
             return v_loss(lambda x, t: unet_model(x, t, context), z, noise, t, abar)
 
     def sheet() -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ldm.errors import LdmError
 from ldm.formats import write_safetensors
@@ -68,8 +69,8 @@ class Ema:
     def update(self, model: nn.Module, step: int) -> None:
         # The early average is short, so that it forgets the random start: Karras et al. 2024, appendix C.
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, p in model.named_parameters():
-            self.shadow[name].lerp_(p.detach().float(), 1 - decay)
+        update = get_ema_multi_avg_fn(decay)
+        update(list(self.shadow.values()), [p.detach().float() for p in model.parameters()], step)
 
 
 class Run:
@@ -82,7 +83,7 @@ class Run:
         self.step = 0
         self.ema = Ema(model, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+            model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
         )
 
     @property
@@ -124,7 +125,7 @@ class Run:
                 self.ema.shadow[name].copy_(tensors[f"ema.{name}"])
                 prefix = "optimizer."
                 self.optimizer.state[p] = {
-                    key: tensors[f"{prefix}{key}.{name}"].to("cpu" if key == "step" else p.device)
+                    key: tensors[f"{prefix}{key}.{name}"].to(p.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"{prefix}{key}.{name}" in tensors
                 }
