@@ -111,8 +111,10 @@ def test_killed_writers_leave_only_what_the_next_start_removes(tmp_path: Path) -
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         writer.stdout.close()
+    stale = tmp_path / f".stale{files.UNFINISHED}"
+    stale.touch()
     with atomic_write(tmp_path / "alive") as file:
-        remove_unfinished(tmp_path)
+        assert stale in remove_unfinished(tmp_path)
         file.write(b"1")
     left = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
     assert left.pop("alive") == 1

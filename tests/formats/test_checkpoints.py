@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
@@ -105,6 +106,7 @@ def test_objects_become_plain_data(tmp_path: Path) -> None:
         "frozenset": frozenset({2}),
         "size": torch.Size([1, 2]),
         "device": torch.device("cuda:1"),
+        "cpu": torch.device("cpu"),
         "bytearray": bytearray(b"ab"),
         "counter": Counter(a=2),
         "defaultdict": defaultdict(list, a=1),
@@ -115,6 +117,7 @@ def test_objects_become_plain_data(tmp_path: Path) -> None:
         "set": [1],
         "size": (1, 2),
         "device": "cuda:1",
+        "cpu": "cpu",
         "bytearray": b"ab",
         "counter": {"a": 2},
         "defaultdict": {"a": 1},
@@ -194,6 +197,36 @@ def test_objects_of_absent_classes_are_opaque(tmp_path: Path) -> None:
     assert tree["config"].state == {"_content": {}}
     assert tree["hparams"].name.endswith("AttributeDict")
     assert tree["w"].tolist() == [1, 2, 3, 4]
+
+
+def test_state_dicts_and_tensors_with_attributes_are_read(tmp_path: Path) -> None:
+    """A module's state_dict carries version numbers; a tensor may carry anything that was set on it."""
+    module = nn.Linear(2, 1)
+    tagged, parameter = torch.ones(2), nn.Parameter(torch.ones(1))
+    tagged.note = "kept by pickle"  # pyright: ignore[reportAttributeAccessIssue]
+    parameter.note = [1]  # pyright: ignore[reportAttributeAccessIssue]
+    read = formats.read(
+        saved(module.state_dict() | {"tagged": tagged, "parameter": parameter}, tmp_path / "a.pt")
+    )
+    assert bits(read.tensors["weight"]) == bits(module.weight)
+    assert bits(read.tensors["tagged"]) == bits(tagged)
+    assert bits(read.tensors["parameter"]) == bits(parameter)
+    assert list(formats.read(saved(module.state_dict(), tmp_path / "b.pt")).tensors) == ["weight", "bias"]
+
+
+def test_dicts_and_bytes_of_old_protocols_are_read(tmp_path: Path) -> None:
+    raw = (
+        name("__builtin__", "bytes")
+        + b")R"
+        + name("__builtin__", "bytearray")
+        + text("\xff")
+        + text("latin-1")
+    )
+    path = tmp_path / "a.pt"
+    path.write_bytes(zipped(PROTO2 + b"(" + text("w") + tensor() + text("raw") + raw + b"\x86R\x86d."))
+    tree = formats.read_tree(path)
+    assert tree["w"].tolist() == [1, 2, 3, 4]
+    assert tree["raw"] == (b"", b"\xff")
 
 
 def test_a_parameter_dict_is_a_dict(tmp_path: Path) -> None:
@@ -323,6 +356,24 @@ def test_an_archive_beyond_the_32_bit_fields_is_read(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError):
         formats.read(path)
+
+
+def test_a_member_beyond_the_32_bit_fields_is_read(tmp_path: Path) -> None:
+    """Sizes and place of data/0 in the zip64 extra field of its entry, after a field that means nothing."""
+    content = bytearray(zipped(state_dict(tensor())))
+    end, second = len(content) - 22, content.rindex(b"PK\1\2")
+    packed, size, header = struct.unpack_from("<2L14xL", content, second + 20)
+    content[second + 20 : second + 28] = b"\xff" * 8
+    content[second + 42 : second + 46] = b"\xff" * 4
+    extra = b"\xfe\xca\2\0ab" + struct.pack("<2H3Q", 1, 24, size, packed, header)
+    content[second + 30 : second + 32] = struct.pack("<H", len(extra))
+    content[end + 12 : end + 16] = struct.pack(
+        "<L", len(extra) + struct.unpack_from("<L", content, end + 12)[0]
+    )
+    content[end:end] = extra
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(content)
+    assert formats.read(path).tensors["t0"].tolist() == [1, 2, 3, 4]
 
 
 def test_misaligned_storages_are_copied_to_aligned_memory(tmp_path: Path) -> None:

@@ -189,6 +189,10 @@ def routes() -> dict[str, bytes]:
         "long4": PROTO2 + b"\x8b\xff\xff\xff\x7f.",
         "encode_rot13": PROTO2 + name("_codecs", "encode") + text("a") + text("rot13") + b"\x86R.",
         "encode_wide": PROTO2 + name("_codecs", "encode") + text("\u4e00") + text("latin1") + b"\x86R.",
+        "ordered_dict_of_number": PROTO2 + name("collections", "OrderedDict") + b"K\x01\x85R.",
+        "size_of_text": PROTO2 + name("torch", "Size") + text("ab") + b"\x85R.",
+        "complex_of_text": PROTO2 + name("builtins", "complex") + text("1") + b"\x85R.",
+        "device_of_number": PROTO2 + name("torch", "device") + b"K\x01\x85R.",
         "bytearray_size": PROTO2 + name("builtins", "bytearray") + b"J\xff\xff\xff\x7f\x85R.",
         "numpy_array": PROTO2 + numpy_array + b"K\x00\x85R.",
         "unknown_dtype": PROTO2 + name("torch", "qint8") + b".",
@@ -293,6 +297,11 @@ def zips(good: bytes) -> dict[str, bytes]:
         "entry_extra_long": patched(plain, directory + 30, b"\xff\xff"),
         "entry_size_saturated": patched(plain, directory + 24, b"\xff" * 4),
         "entry_header_huge": patched(plain, second + 42, b"\xff\xff\xff\x7f"),
+        "entry_overlaps": resized(plain, directory, 60),
+        "entry_overlaps_directory": resized(plain, second, 40),
+        "entry_over_file": resized(plain, second, 1 << 30),
+        "entry_size_not_packed": patched(patched(plain, 22, b"\x01\0\0\0"), directory + 24, b"\x01\0\0\0"),
+        "entry_cut": cut_entry(good),
         "entry_first_moved": patched(plain, directory + 42, plain[second + 42 : second + 46]),
         "overlap": patched(plain, second + 42, b"\0\0\0\0"),
         "local_signature": patched(plain, struct.unpack_from("<L", plain, second + 42)[0], b"PK\3\5"),
@@ -318,6 +327,19 @@ def zips(good: bytes) -> dict[str, bytes]:
         "deflated_flip": flipped_deflated(good),
         "deflated_truncated": truncated_deflated(good),
     }
+
+
+def resized(archive: bytes, entry: int, more: int) -> bytes:
+    """The archive with a member said to be `more` bytes longer, in the directory and in its local header."""
+    local = struct.unpack_from("<L", archive, entry + 42)[0]
+    sizes = struct.pack("<2L", *[struct.unpack_from("<L", archive, entry + 20)[0] + more] * 2)
+    return patched(patched(archive, entry + 20, sizes), local + 18, sizes)
+
+
+def cut_entry(good: bytes) -> bytes:
+    """A directory said to have one entry more, which does not fit into its bytes."""
+    archive = zipped(good, folder="a" * 90 + "/")
+    return patched(archive, len(archive) - 14, b"\x03\x00\x03\x00")
 
 
 def longer_than_declared(good: bytes) -> bytes:

@@ -1,7 +1,9 @@
 """No file can run code, and every bad file ends in one line, in bounded time and memory."""
 
 import ast
+import errno
 import io
+import mmap
 import os
 import pickle
 import re
@@ -15,6 +17,7 @@ import torch
 
 from ldm import formats
 from ldm.errors import CheckpointError
+from ldm.formats.mapped import MappedFile
 from tests.hostile.build import calls, hostile_files, mistakes, state_dict, tensor, zipped
 from tests.hostile.fuzz import run
 
@@ -134,6 +137,22 @@ def test_special_files_are_refused_without_waiting(tmp_path: Path) -> None:
     assert refusal(tmp_path / "\x1b[31m.ckpt").startswith("?[31m.ckpt")
 
 
+def test_a_file_that_shrinks_or_cannot_be_mapped_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.ckpt", bytes(100))
+    with MappedFile(path) as file:
+        os.truncate(path, 50)
+        with pytest.raises(CheckpointError, match="became shorter"):
+            file.crc(0, 100)
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", no_memory)
+    assert "cannot be read: Cannot allocate memory" in refusal(path)
+
+
 def test_accidents_are_named(tmp_path: Path) -> None:
     said = {
         key: refusal(write(tmp_path / f"{key}.safetensors", content)).split(": ", 1)[1]
@@ -159,7 +178,7 @@ def test_a_file_replaced_while_it_is_read_does_not_matter(
     evil = write(tmp_path / "evil.ckpt", zipped(calls(marker)["reduce"]))
     read_tree = formats.zip_reader.read_tree
 
-    def swap_then_read(file: formats.MappedFile) -> object:
+    def swap_then_read(file: MappedFile) -> object:
         os.replace(evil, path)
         return read_tree(file)
 
