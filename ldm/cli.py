@@ -1,8 +1,10 @@
 """What the command lines in scripts/ share: where pictures go, how a run is watched and how it ends."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -68,19 +70,48 @@ class Output:
         return self.path.suffix.lower() == ".png"
 
 
+@contextmanager
+def patient() -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C and a polite kill wait until the returned function is called, where nothing is half done.
+
+    The function then raises KeyboardInterrupt. Who asks a second time does not have to wait.
+    """
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def stop_if_asked() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop_if_asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Request], None]) -> Exit:
     """Draw requests that differ in prompt and seed only, under a progress bar.
 
     save: gets each picture as soon as it is finished, with the request that makes it alone.
-    Of several requests, one that fails is reported and the others go on. Ctrl-C ends the run; what was saved
-    stays. Raises LdmError if the requests do not fit the model, OSError as `save` does.
+    Of several requests, one that fails is reported and the others go on. Ctrl-C ends the run after the step
+    or the picture at hand. Raises LdmError if the requests do not fit the model, OSError as `save` does.
     """
     run = plan(models, requests[0])
     print(f"{models.name}: {models.describe()}", file=sys.stderr)
     steps = len(run.sigmas) - 1
     total, done, failed = sum(request.batch_size for request in requests), 0, False
     seed = run.request.seed  # of the next picture
-    with tqdm(total=len(requests) * steps, unit="step", dynamic_ncols=True) as bar:
+    with (
+        patient() as stop_if_asked,
+        tqdm(total=len(requests) * steps, unit="step", dynamic_ncols=True) as bar,
+    ):
         for i, request in enumerate(requests):
             seed = request.seed
             try:
@@ -88,6 +119,7 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
                 for step in sample(models, request):
                     latents = step.x
                     bar.update()
+                    stop_if_asked()
                 assert latents is not None
                 bar.update((i + 1) * steps - bar.n)  # some samplers choose their number of steps themselves
                 for latent in latents:
@@ -96,6 +128,7 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
                     save(image, one)
                     done += 1
                     seed += 1
+                    stop_if_asked()
             except LdmError as error:
                 if len(requests) == 1:
                     raise

@@ -1,0 +1,251 @@
+"""The command line: its answers to mistakes, and what it leaves behind."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import ldm
+from ldm import cli
+from scripts.txt2img import main
+from tests.tiny_families import tiny
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    tiny("sd1").save(path)
+    return path
+
+
+@pytest.fixture
+def draw(checkpoint: Path, tmp_path: Path):
+    """Run the script on the tiny checkpoint at 64 x 64, 2 steps, into tmp_path/out."""
+
+    def run(*words: str) -> int:
+        common = ["--ckpt", str(checkpoint), "--width", "64", "--height", "64", "--steps", "2"]
+        return main([*common, "--device", "cpu", "--out", str(tmp_path / "out"), *words])
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def pixels(path: Path) -> bytes:
+    return Image.open(path).tobytes()
+
+
+def text(path: Path) -> str:
+    return Image.open(path).info["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--steps", "0"], "steps must be 1 to 10000, got 0"),
+        (["--steps", "ten"], "invalid int value: 'ten'"),
+        (["--width", "100"], "width must be a multiple of 8, got 100; try 96"),
+        (["--height", "4"], "height must be a multiple of 8, got 4; try 8"),
+        (["--cfg-scale", "nan"], "cfg_scale must be a finite number"),
+        (["--seed", "-5"], "seed must be"),
+        (["--seed", str(2**64 - 1), "--n-iter", "2"], "seed must be"),
+        (["--batch-size", "0"], "batch_size must be"),
+        (["--n-iter", "0"], "--n-iter must be at least 1"),
+        (["--sampler", "DPM++ 2N"], "did you mean DPM++ 2M"),
+        (["--sampler", "LMS", "--eta", "1"], "has no option 'eta'"),
+        (["--schedule", "caras"], "did you mean 'karras'"),
+        (["--eta", "-1"], "eta must be"),
+        (["--device", "abacus"], "unknown device 'abacus'"),
+        (["--vae", "none.pt"], "there is no file none.pt"),
+        (["--from-file", "none.txt"], "give one prompt"),
+        (["--prompt", "another"], "give one prompt"),
+        (["--out", "x.jpg"], "saved as .png"),
+        (["--out", "x.png", "--n-iter", "2"], "one file for 2 pictures"),
+        (["--out", "/dev/null/x"], "cannot make the folder"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_read(
+    words: list[str],
+    complaint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    unread = tmp_path / "not a checkpoint.safetensors"
+    unread.touch()
+    try:
+        code = main(["a cat", "--ckpt", str(unread), *words])
+    except SystemExit as end:  # argparse's way
+        code = end.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.out == ""
+    assert complaint in said.err
+    assert len(said.err.splitlines()) == 1
+
+
+def test_a_missing_or_damaged_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"<html>not found</html>")
+    for path in (damaged, tmp_path / "missing.safetensors"):
+        assert main(["a cat", "--ckpt", str(path), "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert path.name in said
+        assert len(said.splitlines()) == 1
+
+
+def test_debug_shows_where(tmp_path: Path):
+    with pytest.raises(ldm.LdmError):
+        main(["a cat", "--ckpt", str(tmp_path / "missing"), "--debug"])
+
+
+def test_help_and_typing_mistakes_need_no_torch():
+    program = (
+        "import sys, runpy; sys.argv = ['txt2img', '--help']\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "--sampler" in said
+    assert said.endswith("False\n")
+
+
+def test_pictures_are_numbered_seeded_and_carry_their_settings(
+    draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert draw("a cat", "--batch-size", "2", "--n-iter", "2", "--negative", "dog") == 0
+    out = tmp_path / "out"
+    saved = ["00000-42.png", "00001-43.png", "00002-44.png", "00003-45.png", "00004-grid.png"]
+    assert names(out) == saved
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [str(out / name) for name in saved]
+    assert said.err.startswith("tiny: Stable Diffusion 1.x")
+    assert "4/4" in said.err  # the progress bar
+    assert re.fullmatch(
+        r"a cat\nNegative prompt: dog\nSteps: 2, Sampler: DPM\+\+ 2M, Schedule type: Karras, CFG scale: 7, "
+        r"Seed: 44, Size: 64x64, Model hash: [0-9a-f]{10}, Model: tiny, RNG: CPU, Version: ldm .*",
+        text(out / saved[2]),
+    )
+    assert Image.open(out / saved[4]).size == (128, 128)
+    assert len({pixels(out / name) for name in saved[:4]}) == 4
+
+
+def test_the_same_command_draws_the_same_picture_whatever_the_batch(draw, tmp_path: Path):
+    assert draw("a cat", "--batch-size", "2", "--no-grid") == 0
+    assert draw("a cat", "--n-iter", "2", "--no-grid") == 0
+    assert draw("a cat", "--seed", "43") == 0
+    first, second, again, also, single = sorted((tmp_path / "out").iterdir())
+    assert pixels(also) == pixels(single)
+    # A convolution of two pictures may sum in another order than that of one: a level may round differently.
+    for one, other in ((first, again), (second, also)):
+        assert max(abs(a - b) for a, b in zip(pixels(one), pixels(other), strict=True)) <= 1
+
+
+def test_one_picture_goes_to_the_named_file(draw, tmp_path: Path):
+    path = tmp_path / "sub" / "cat.png"
+    assert draw("a cat", "--out", str(path)) == 0
+    assert draw("a cat", "--out", str(path)) == 2
+    assert draw("a cat", "--out", str(path), "--overwrite") == 0
+    assert names(path.parent) == ["cat.png"]
+
+
+def test_random_seeds_differ_and_are_recorded(draw, tmp_path: Path):
+    assert draw("a cat", "--seed", "-1") == 0
+    assert draw("a cat", "--seed", "-1") == 0
+    first, second = sorted((tmp_path / "out").iterdir())
+    assert f"Seed: {first.stem.split('-')[1]}," in text(first)
+    assert pixels(first) != pixels(second)
+
+
+def test_prompts_come_from_a_file(draw, tmp_path: Path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\ufeffa cat\n\n  a dög \n", encoding="utf-8")
+    assert draw("--from-file", str(prompts), "--no-grid", "--fixed-code") == 0
+    cat, dog = sorted((tmp_path / "out").iterdir())
+    assert [text(path).splitlines()[0] for path in (cat, dog)] == ["a cat", "a dög"]
+    assert cat.name.endswith("-42.png")
+    assert dog.name.endswith("-42.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "recorded"),
+    [
+        (["--ddim_steps", "3"], "Steps: 3, Sampler: DDIM"),
+        (["--ddim_steps", "3", "--ddim_eta", "0.5"], "Eta DDIM: 0.5"),
+        (["--ddim_steps", "3", "--plms", "--ddim_eta", "0.0"], "Steps: 3, Sampler: PLMS"),
+        (["--dpm_solver", "--scale", "5"], "Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 5,"),
+        (["--H", "32", "--W", "128"], "Size: 128x32"),
+        (["--n_samples", "1", "--n_iter", "1", "--n_rows", "2", "--skip_grid"], "Seed: 42"),
+        (["--precision", "full", "--C", "4", "--f", "8", "--config", "v1-inference.yaml"], "Seed: 42"),
+    ],
+)
+def test_command_lines_of_the_original_script_work(
+    checkpoint: Path, tmp_path: Path, words: list[str], recorded: str
+):
+    common = ["--prompt", "a cat", "--ckpt", str(checkpoint), "--outdir", str(tmp_path / "out")]
+    size = [] if "--H" in words else ["--H", "64", "--W", "64"]
+    steps = [] if "--ddim_steps" in words else ["--steps", "2"]
+    assert main([*common, *size, *steps, *words]) == 0
+    [saved] = (tmp_path / "out").iterdir()
+    assert recorded in text(saved)
+
+
+def test_one_bad_prompt_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A class-conditional model wants numbers for prompts."""
+    path = tmp_path / "classes.safetensors"
+    tiny("class-f8").save(path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("3\na cat\n5\n")
+    words = ["--ckpt", str(path), "--width", "64", "--height", "64", "--steps", "2", "--no-grid"]
+    assert main(["--from-file", str(prompts), *words, "--out", str(tmp_path / "out")]) == 1
+    assert names(tmp_path / "out") == ["00000-42.png", "00001-44.png"]
+    assert capsys.readouterr().err.endswith("2 of 3 pictures are done\n")
+    assert main(["a cat", *words, "--out", str(tmp_path / "out")]) == 2
+
+
+def test_a_full_disk_is_exit_code_3(
+    draw, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert draw("a cat") == cli.Exit.DISK
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert names(tmp_path / "out") == []
+
+
+def test_ctrl_c_keeps_what_is_finished(checkpoint: Path, tmp_path: Path):
+    words = ["a cat", "--ckpt", str(checkpoint), "--width", "64", "--height", "64", "--steps", "40"]
+    run = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words, "--n-iter", "1000", "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+    )
+    assert run.stdout is not None
+    first = run.stdout.readline()
+    run.send_signal(signal.SIGINT)
+    rest, errors = run.communicate(timeout=60)
+    saved = (first + rest).split()
+    assert run.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == (
+        f"stopped; {len(saved)} of 1000 pictures are done, the next has seed {42 + len(saved)}"
+    )
+    assert sorted(saved) == sorted(str(path) for path in (tmp_path / "out").iterdir())
+    for path in saved:
+        Image.open(path).load()
