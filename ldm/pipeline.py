@@ -109,13 +109,12 @@ def conditioning(models: Models, run: Plan) -> tuple[Conditioning, Conditioning 
     prompt is encoded once, by itself.
     """
     family, request = models.family, run.request
+    concat = _grey(models, run) if family.grey_concat else None
 
     def encode(prompt: str, negative: bool) -> Conditioning:
         picture = Picture(width=run.width, height=run.height, negative=negative, clip_skip=request.clip_skip)
         one = family.condition(models.text, models.tokenizer, prompt, picture)
-        if family.grey_concat:
-            one = replace(one, concat=_grey(models, run))
-        return one.expanded(request.batch_size)
+        return replace(one, concat=concat).expanded(request.batch_size)
 
     positive = encode(request.prompt, False)
     if run.cfg_scale == 1.0 or not family.parts:
