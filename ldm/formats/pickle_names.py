@@ -244,6 +244,10 @@ OPAQUE_NAMES = {
     ("torch.nn.parameter", "Parameter"),
     ("torch.nn.modules.container", "ParameterDict"),
     ("numpy", "dtype"),
+    *(
+        ("numpy", name)
+        for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "bool_")
+    ),
     ("typing", "Any"),
     *(
         (module, name)
