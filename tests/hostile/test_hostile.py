@@ -18,8 +18,10 @@ import torch
 from ldm import formats
 from ldm.errors import CheckpointError
 from ldm.formats.mapped import MappedFile
-from tests.hostile.build import calls, hostile_files, mistakes, state_dict, tensor, zipped
+from tests.hostile.build import state_dict, tensor, zipped
 from tests.hostile.fuzz import run
+from tests.hostile.pickles import calls
+from tests.hostile.samples import hostile_files, mistakes
 
 SECONDS = 1.0  # of processor time for one refusal
 MEGABYTES = 64
