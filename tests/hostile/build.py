@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Sequence
 
+PROTO2, PROTO4, STOP = b"\x80\x02", b"\x80\x04", b"."
 FLOATS = struct.pack("<4f", 1, 2, 3, 4)
 
 
