@@ -1,8 +1,8 @@
 """Latent diffusion from scratch: original weights, every sampler, one small readable library.
 
-    import ldm
-    models = ldm.load()  # the embedded model, or ldm.load("v1-5-pruned-emaonly.safetensors")
-    ldm.txt2img(models, ldm.Request(prompt="a red apple", seed=7))[0].save("apple.png")
+import ldm
+models = ldm.load()  # the embedded model, or ldm.load("v1-5-pruned-emaonly.safetensors")
+ldm.txt2img(models, ldm.Request(prompt="a red apple", seed=7))[0].save("apple.png")
 """
 
 from ldm.checkpoint import load, load_vae

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from ldm.denoise import Prediction
-from ldm.families.family import ClipPart, Family
+from ldm.families.family import ClipPart, Family, Picture
 
 SD1 = Family(
     name="sd1",
@@ -21,11 +23,19 @@ INSTRUCT_PIX2PIX = replace(
     SD1, name="pix2pix", title="InstructPix2Pix", in_channels=8, needs="a picture to edit"
 )
 
-# The model inside this package: the layout of Stable Diffusion 1, much narrower (docs/embedded-model.md).
+
+def _pooled(pooled: Tensor, picture: Picture) -> Tensor:
+    return pooled
+
+
+# The model inside this package: the layout of Stable Diffusion 1, much narrower, with the vector of the whole
+# text as a second input, as in SDXL (docs/embedded-model.md).
 EMBEDDED = replace(
     SD1,
     name="embedded",
     title="ldm's embedded icon model",
+    parts=(replace(SD1.parts[0], pooled=True),),
+    vector=_pooled,
     context_dims=(128,),
     only_context_dims=True,
     num_heads=4,

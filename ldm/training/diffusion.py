@@ -17,7 +17,7 @@ from ldm.text.clip import ClipTextConfig, ClipTextModel
 from ldm.text.tokenizer import Tokenizer
 from ldm.training.icons import BACKGROUNDS, WHITE, Icon, IconSet, caption, composite
 from ldm.training.loop import LoopConfig, Run, averaged, rank_and_world
-from ldm.unet import UNet, UNetConfig
+from ldm.unet import ResBlock, SpatialTransformer, UNet, UNetConfig
 from ldm.vae import AutoencoderKL
 
 COLOURED = 0.25  # share of pictures on a named colour, the rest on white
@@ -33,6 +33,24 @@ class TextToImage(nn.Module):
         super().__init__()
         self.unet = UNet(unet)
         self.text = ClipTextModel(text)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """The start of the originals: every residual branch and the output are zero, the embeddings small.
+
+        Dhariwal and Nichol 2021 (guided-diffusion's `zero_module`); Radford et al. 2021, section 2.4.
+        """
+        last = [self.unet.out[2]]
+        for module in self.unet.modules():
+            if isinstance(module, ResBlock):
+                last.append(module.out_layers[3])
+            elif isinstance(module, SpatialTransformer):
+                last.append(module.proj_out)
+        for parameter in (p for module in last for p in module.parameters()):
+            parameter.zero_()
+        embeddings = self.text.text_model.embeddings
+        nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,9 @@ def train_diffusion(
 ) -> tuple[TextToImage, bool]:
     """Train, or go on training. Returns the averaged model and whether all steps are done."""
     torch.manual_seed(loop.seed)
-    model = TextToImage(unet, text).to(device)
+    model = TextToImage(unet, text)
+    model.initialise()
+    model.to(device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - not in torch's stubs
     run = Run(model, loop, folder)
     run.resume()
@@ -135,12 +155,16 @@ def train_diffusion(
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
         drawn = [draw_view(views, i, rng) for i in chosen]
         z = torch.stack([latent for latent, _ in drawn]).float().to(device).repeat(NOISES, 1, 1, 1)
-        tokens = torch.tensor([tokenizer.pad(tokenizer.encode(words)) for _, words in drawn]).to(device)
+        tokens = torch.tensor(
+            [tokenizer.pad(tokenizer.encode(words), text.context_length) for _, words in drawn]
+        ).to(device)
         t = stratified_timesteps(len(z), len(abar), generator).to(device)
         noise = torch.randn(z.shape, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            context = text_model(tokens).hidden.repeat(NOISES, 1, 1)
-            return v_loss(lambda x, t: unet_model(x, t, context), z, noise, t, abar)
+            features = text_model(tokens, pooled=True)
+            assert features.pooled is not None
+            context, vector = features.hidden.repeat(NOISES, 1, 1), features.pooled.repeat(NOISES, 1)
+            return v_loss(lambda x, t: unet_model(x, t, context, vector), z, noise, t, abar)
 
     def sheet() -> None:
         assert every is not None
