@@ -1,10 +1,8 @@
 """What the command lines in scripts/ share: where pictures go, how a run is watched and how it ends."""
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -16,6 +14,7 @@ from tqdm import tqdm
 from ldm.errors import LdmError, RequestError
 from ldm.files import remove_unfinished
 from ldm.images import save_numbered, save_png
+from ldm.interrupts import patient
 from ldm.models import Models
 from ldm.pipeline import pictures, plan, sample
 from ldm.request import Request
@@ -70,32 +69,6 @@ class Output:
         return self.path.suffix.lower() == ".png"
 
 
-@contextmanager
-def patient() -> Iterator[Callable[[], None]]:
-    """Let Ctrl-C and a polite kill wait until the returned function is called, where nothing is half done.
-
-    The function then raises KeyboardInterrupt. Who asks a second time does not have to wait.
-    """
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    def stop_if_asked() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop_if_asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Request], None]) -> Exit:
     """Draw requests that differ in prompt and seed only, under a progress bar.
 
@@ -109,7 +82,7 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
     total, done, failed = sum(request.batch_size for request in requests), 0, False
     seed = run.request.seed  # of the next picture
     with (
-        patient() as stop_if_asked,
+        patient() as asked,
         tqdm(total=len(requests) * steps, unit="step", dynamic_ncols=True) as bar,
     ):
         for i, request in enumerate(requests):
@@ -119,7 +92,8 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
                 for step in sample(models, request):
                     latents = step.x
                     bar.update()
-                    stop_if_asked()
+                    if asked():
+                        raise KeyboardInterrupt
                 assert latents is not None
                 bar.update((i + 1) * steps - bar.n)  # some samplers choose their number of steps themselves
                 for latent in latents:
@@ -128,7 +102,8 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
                     save(image, one)
                     done += 1
                     seed += 1
-                    stop_if_asked()
+                    if asked():
+                        raise KeyboardInterrupt
             except LdmError as error:
                 if len(requests) == 1:
                     raise

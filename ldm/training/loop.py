@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ldm.errors import LdmError
-from ldm.formats import write_safetensors
+from ldm.formats import read, write_safetensors
+from ldm.interrupts import patient
 
 LossFunction = Callable[[torch.Generator], Tensor]
 
@@ -42,7 +41,7 @@ class LoopConfig:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: rise, plateau, half a cosine (Zhai et al. 2022, arXiv:2106.04560)."""
-        rise = min(1.0, (step + 1) / self.warmup)
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.lr * rise * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
 
@@ -80,6 +79,7 @@ class Run:
         self.model = model
         self.config = config
         self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.step = 0
         self.ema = Ema(model, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
@@ -105,31 +105,35 @@ class Run:
     def resume(self) -> bool:
         """Go on from the saved state, if there is one.
 
-        Raises LdmError if it was made with other settings: going on would be neither the old run nor the new.
+        Raises LdmError if it is of another network or was made with other settings: going on would be neither
+        the old run nor the new; CheckpointError if it is damaged.
         """
         if not self.state_path.exists():
             return False
-        with safe_open(self.state_path, framework="pt") as file:
-            facts = file.metadata()
-        stored, now = json.loads(facts["config"]), asdict(self.config)
+        state = read(self.state_path)
+        stored, now = json.loads(state.metadata["config"]), asdict(self.config)
         changed = [k for k in now if k not in ("steps", "decay", "save_every") and now[k] != stored.get(k)]
+        parameters = dict(self.model.named_parameters())
+        shapes = {name: w.shape for name, w in state.tensors.items() if name.startswith("model.")}
+        if shapes != {f"model.{name}": p.shape for name, p in parameters.items()}:
+            changed.append("network")
         if changed:
             raise LdmError(
                 f"{self.folder} holds a run with another {', '.join(changed)}; "
                 "give the old value, or another folder to start anew"
             )
-        tensors = load_file(self.state_path, device=str(next(self.model.parameters()).device))
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(tensors[f"model.{name}"])
-                self.ema.shadow[name].copy_(tensors[f"ema.{name}"])
-                prefix = "optimizer."
+            for name, p in parameters.items():
+                p.copy_(state.tensors[f"model.{name}"])
+                self.ema.shadow[name].copy_(state.tensors[f"ema.{name}"])
+                # A file knows no memory layout, and the fused optimizer goes through weights and moments in
+                # the order of the memory: both must be in the same one, such as channels last.
                 self.optimizer.state[p] = {
-                    key: tensors[f"{prefix}{key}.{name}"].to(p.device)
+                    key: torch.empty_like(p if value.ndim else value, device=p.device).copy_(value)
                     for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{prefix}{key}.{name}" in tensors
+                    if (value := state.tensors.get(f"optimizer.{key}.{name}")) is not None
                 }
-        self.step = int(facts["step"])
+        self.step = int(state.metadata["step"])
         return True
 
     def train(
@@ -140,55 +144,81 @@ class Run:
         seconds: float = math.inf,
         every: tuple[int, Callable[[], None]] | None = None,
     ) -> bool:
-        """Train until `config.steps` or for `seconds`; Ctrl-C ends it early and keeps everything.
+        """Train until `config.steps` or for `seconds`; Ctrl-C ends it after the step at hand.
 
         loss_function: takes the step's CPU generator, returns a scalar.
         samples_per_step: pictures of all processes together, for the display.
         every: (n, action): call `action` after each n steps (sample pictures).
         Returns whether all steps are done. The state is saved on return and each `save_every` steps.
-        Raises LdmError when the loss is not a number; the last saved state is kept.
+        Raises LdmError when the training diverges; the last saved state is sound and kept.
         """
-        rank, world = rank_and_world()
-        parameters = list(self.model.parameters())
+        rank, _ = rank_and_world()
         start, first, shown = time.monotonic(), self.step, 0.0
         average: float | None = None
+        norm = torch.zeros(())
         self.model.train()
-        try:
-            while self.step < self.config.steps and time.monotonic() - start < seconds:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.config.rate(self.step)
-                loss = loss_function(step_generator(self.config.seed, self.step, rank))
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if world > 1:
-                    for p in parameters:
-                        if p.grad is not None:
-                            dist.all_reduce(p.grad, op=dist.ReduceOp.AVG)
-                nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
-                self.optimizer.step()
-                self.ema.update(self.model, self.step)
-                self.step += 1
+        with patient() as asked:
+            while self.step < self.config.steps:
+                if self._agree(asked() or time.monotonic() - start >= seconds):
+                    break
+                loss, norm = self._update(loss_function)
 
                 now = time.monotonic()
                 if now - shown > 10 or self.step == self.config.steps:
+                    self._check(norm)
                     value = loss.item()
-                    if not math.isfinite(value):
-                        raise LdmError(f"the loss is {value} at step {self.step}; lower the learning rate")
                     average = value if average is None else 0.8 * average + 0.2 * value
                     pace = (self.step - first) / (now - start)
                     if rank == 0:
                         self._show(average, pace, samples_per_step)
                     shown = now
-                if rank == 0 and self.step % self.config.save_every == 0:
-                    self.save()
+                if self.step % self.config.save_every == 0:
+                    self._check(norm)
+                    if rank == 0:
+                        self.save()
                 if rank == 0 and every is not None and self.step % every[0] == 0:
                     every[1]()
                     self.model.train()
-        except KeyboardInterrupt:
-            print(f"stopped at step {self.step}; the same command goes on from here", file=sys.stderr)
+        self._check(norm)
         if rank == 0:
             self.save()
         return self.step >= self.config.steps
+
+    def _update(self, loss_function: LossFunction) -> tuple[Tensor, Tensor]:
+        """One step. Returns the loss and the norm of its gradient before clipping, both scalars."""
+        rank, world = rank_and_world()
+        parameters = list(self.model.parameters())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(self.step)
+        loss = loss_function(step_generator(self.config.seed, self.step, rank))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if world > 1:
+            for p in parameters:
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
+                    p.grad /= world
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        self.optimizer.step()
+        self.ema.update(self.model, self.step)
+        self.step += 1
+        return loss.detach(), norm
+
+    def _check(self, norm: Tensor) -> None:
+        """Raise LdmError if the last gradient was not finite: then neither are the weights, from now on."""
+        if not torch.isfinite(norm):
+            raise LdmError(f"the training diverged before step {self.step}; lower the learning rate")
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any process wants to stop: all must do so at the same step, or some wait for ever."""
+        _, world = rank_and_world()
+        if world == 1:
+            return stop
+        if self.step % 10:  # to ask holds up the GPUs
+            return False
+        votes = torch.tensor(float(stop), device=next(self.model.parameters()).device)
+        dist.all_reduce(votes)
+        return votes.item() > 0
 
     def _show(self, loss: float, pace: float, samples_per_step: int) -> None:
         left = (self.config.steps - self.step) / pace
