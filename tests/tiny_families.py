@@ -32,7 +32,7 @@ def tokenizer() -> Tokenizer:
 
 def unet_config(family: Family) -> UNetConfig:
     context = 128 if family.name == "embedded" else WIDTH * len(family.parts)
-    numbers = {"sdxl": 6, "sdxl-refiner": 5}.get(family.name)
+    vector = {"sdxl": WIDTH + 6 * 256, "sdxl-refiner": WIDTH + 5 * 256, "embedded": 128}.get(family.name)
     sd2_or_later = family.name.startswith(("sd2", "sdxl", "x4"))
     return UNetConfig(
         in_channels=family.in_channels,
@@ -46,7 +46,7 @@ def unet_config(family: Family) -> UNetConfig:
         num_heads=family.num_heads,
         head_dim=family.head_dim,
         linear_projection=sd2_or_later,
-        vector_dim=None if numbers is None else WIDTH + 256 * numbers,
+        vector_dim=vector,
         num_classes=1000 if family.name == "x4-upscaler" else None,
     )
 
