@@ -4,7 +4,7 @@ Rombach et al. 2022, arXiv:2112.10752, section 3.1, without the adversarial and 
 needs sharp edges, which an L1 loss on pixels and on their differences gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -58,7 +58,6 @@ def train_autoencoder(
     crop: int,
     device: torch.device,
     seconds: float,
-    preview: Callable[[AutoencoderKL], None] | None = None,
 ) -> AutoencoderKL | None:
     """Train, or go on training. Returns the averaged, normalised model when all steps are done, else None."""
     torch.manual_seed(loop.seed)
@@ -83,26 +82,24 @@ def train_autoencoder(
     done = run.train(loss, samples_per_step=batch_size, seconds=seconds)
     model.load_state_dict(averaged(model, run.ema))
     model.eval()
-    if preview is not None:
-        preview(model)
     if not done:
         return None
-    normalise_latent(model, composite(data.images[train]))
+    normalise_latent(model, (composite(data.images[some]) for some in train.split(64)))
     return model
 
 
 @torch.no_grad()
-def normalise_latent(model: AutoencoderKL, pictures: Tensor) -> None:
+def normalise_latent(model: AutoencoderKL, pictures: Iterable[Tensor]) -> None:
     """Rescale the 1x1 convolutions around the latent so that encode() gives zero mean and unit variance.
 
     The usual way is to divide by one measured number, the scale factor. Here every latent channel is shifted
     and scaled by its own, and both are folded into the weights: the decoded picture stays the same, and the
     scale factor stays Stable Diffusion's 0.18215.
 
-    pictures: (N, 3, H, W) in [-1, 1].
+    pictures: batches (B, 3, H, W) in [-1, 1].
     """
     device = model.quant_conv.weight.device
-    latents = torch.cat([model.encode(batch.to(device)) for batch in pictures.split(64)])
+    latents = torch.cat([model.encode(batch.to(device)) for batch in pictures])
     mean = latents.mean(dim=(0, 2, 3)) / model.config.scale  # (D,) of the unscaled latent
     std = latents.std(dim=(0, 2, 3))  # (D,): unscaled std / the wanted unscaled std, 1 / scale
 

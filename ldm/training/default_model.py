@@ -23,7 +23,7 @@ from ldm.text.tokenizer import Tokenizer
 from ldm.training.autoencoder import train_autoencoder
 from ldm.training.diffusion import LatentViews, TextToImage, encode_views, train_diffusion
 from ldm.training.icons import IconSet
-from ldm.training.loop import LoopConfig
+from ldm.training.loop import LoopConfig, rank_and_world
 from ldm.unet import UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 
@@ -113,8 +113,6 @@ def train_default_model(
     if vae is None:
         return None
     views = _views(vae, data, scope, folder)
-    diffusion = folder / "diffusion"
-    diffusion.mkdir(exist_ok=True)
 
     def preview(model: TextToImage) -> None:
         assemble(vae, model).save(folder / "preview.safetensors", dtype=torch.float16, overwrite=True)
@@ -124,7 +122,7 @@ def train_default_model(
         scope.unet,
         scope.text,
         scope.loop,
-        diffusion,
+        folder / "diffusion",
         batch_size=scope.batch,
         device=device,
         seconds=seconds,
@@ -148,19 +146,17 @@ def _autoencoder(
         loaded = load_vae(finished, device=device)
         assert isinstance(loaded, AutoencoderKL)
         return loaded
-    state = folder / "vae"
-    state.mkdir(parents=True, exist_ok=True)
     vae = train_autoencoder(
         data,
         scope.vae,
         scope.vae_loop,
-        state,
+        folder / "vae",
         batch_size=scope.vae_batch,
         crop=scope.crop,
         device=device,
         seconds=seconds,
     )
-    if vae is not None:
+    if vae is not None and rank_and_world()[0] == 0:
         write_safetensors(finished, vae.state_dict())
     return vae
 
@@ -175,5 +171,6 @@ def _views(vae: AutoencoderKL, data: IconSet, scope: Scope, folder: Path) -> Lat
             return LatentViews(icons, file.get_tensor("z"), colours)
     print(f"encoding {len(icons)} pictures in {2 + scope.coloured} views each", file=sys.stderr, flush=True)
     views = encode_views(vae, data, coloured=scope.coloured, seed=scope.loop.seed)
-    write_safetensors(cache, {"z": views.z}, {"colours": ";".join(map(",".join, views.colours))})
+    if rank_and_world()[0] == 0:
+        write_safetensors(cache, {"z": views.z}, {"colours": ";".join(map(",".join, views.colours))})
     return views

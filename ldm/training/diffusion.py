@@ -1,7 +1,7 @@
 """Training the text encoder and the UNet together on cached latents.
 
 The objective is denoising score matching in the v-parameterisation (Salimans and Ho 2022, arXiv:2202.00512,
-appendix D) with min-SNR weights (Hang et al. 2023, arXiv:2303.09556, equation 8).
+appendix D), with weights in the manner of min-SNR (Hang et al. 2023, arXiv:2303.09556, equation 8).
 """
 
 import random
@@ -22,7 +22,7 @@ from ldm.vae import AutoencoderKL
 
 COLOURED = 0.25  # share of pictures on a named colour, the rest on white
 EMPTY = 0.10  # share of empty captions, for guidance (Ho and Salimans 2022, arXiv:2207.12598, section 3.2)
-MIN_SNR = 5.0
+SOFT_SNR = 5.0  # signal-to-noise ratio at which a level counts half
 NOISES = 2  # noise levels for each picture of a batch: they share one run of the text encoder
 
 
@@ -76,12 +76,13 @@ def encode_views(vae: AutoencoderKL, data: IconSet, *, coloured: int, seed: int)
     colours = [rng.sample(sorted(BACKGROUNDS), coloured) for _ in icons]
     views = []
     for view in range(2 + coloured):
-        images = data.images[indices]
+        images = data.images[indices]  # (M, 4, S, S) uint8
         mirrored = torch.tensor([icon.flip and view % 2 == 1 for icon in icons])
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         backgrounds = [WHITE if view < 2 else BACKGROUNDS[names[view - 2]] for names in colours]
-        pixels = composite(images, torch.tensor(backgrounds))
-        views.append(torch.cat([vae.encode(batch.to(device)).half().cpu() for batch in pixels.split(64)]))
+        batches = zip(images.split(64), torch.tensor(backgrounds).split(64), strict=True)
+        z = [vae.encode(composite(batch, colour).to(device)).half().cpu() for batch, colour in batches]
+        views.append(torch.cat(z))
     return LatentViews(icons, torch.stack(views, dim=1), colours)
 
 
@@ -108,7 +109,7 @@ def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> 
 def v_loss(
     predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, noise: Tensor, t: Tensor, abar: Tensor
 ) -> Tensor:
-    """Min-SNR weighted error of the velocity v = sqrt(abar) noise - sqrt(1 - abar) z.
+    """Weighted error of the velocity v = sqrt(abar) noise - sqrt(1 - abar) z.
 
     predict: (x_t, t) -> v. z, noise: (B, D, h, w); t: (B,) int64; abar: (T,) cumulative alphas.
     """
@@ -117,8 +118,9 @@ def v_loss(
     target = a.sqrt() * noise - (1 - a).sqrt() * z
     error = (predict(x, t).float() - target).square().mean(dim=(1, 2, 3))  # (B,)
     snr = abar[t] / (1 - abar[t])
-    # Hang et al. weight the error of x0 by min(SNR, 5); an error in v is one in x0 times (SNR + 1).
-    return (error * snr.clamp(max=MIN_SNR) / (snr + 1)).mean()
+    # Levels of little noise count less, as in min-SNR weighting, but those of much noise count whole: there
+    # the caption decides what is drawn, and min-SNR, which is SNR / (SNR + 1) at that end, would hardly teach it.
+    return (error * SOFT_SNR / (SOFT_SNR + snr)).mean()
 
 
 def train_diffusion(
@@ -166,16 +168,11 @@ def train_diffusion(
             context, vector = features.hidden.repeat(NOISES, 1, 1), features.pooled.repeat(NOISES, 1)
             return v_loss(lambda x, t: unet_model(x, t, context, vector), z, noise, t, abar)
 
-    def sheet() -> None:
-        assert every is not None
-        every[1](average_of(model, run))
-
-    done = run.train(
-        loss,
-        samples_per_step=batch_size,
-        seconds=seconds,
-        every=None if every is None else (every[0], sheet),
-    )
+    action = None
+    if every is not None:
+        steps, show = every
+        action = (steps, lambda: show(average_of(model, run)))
+    done = run.train(loss, samples_per_step=batch_size, seconds=seconds, every=action)
     return average_of(model, run), done
 
 
