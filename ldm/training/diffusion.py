@@ -119,7 +119,7 @@ def v_loss(
     error = (predict(x, t).float() - target).square().mean(dim=(1, 2, 3))  # (B,)
     snr = abar[t] / (1 - abar[t])
     # Levels of little noise count less, as in min-SNR weighting, but those of much noise count whole: there
-    # the caption decides what is drawn, and min-SNR, which is SNR / (SNR + 1) at that end, would hardly teach it.
+    # the caption decides what is drawn, and min-SNR, SNR / (SNR + 1) at that end, would hardly teach it.
     return (error * SOFT_SNR / (SOFT_SNR + snr)).mean()
 
 
