@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from ldm.checkpoint import load_vae
 from ldm.denoise import Denoiser, Prediction
+from ldm.errors import LdmError
 from ldm.families.sd1 import EMBEDDED
 from ldm.formats import write_safetensors
 from ldm.models import Models
@@ -108,7 +109,7 @@ def train_default_model(
     goes to preview.safetensors there: a checkpoint like any other, to look at.
     """
     if data.images.shape[-1] != scope.pixels:
-        raise ValueError(f"this scope needs pictures of {scope.pixels} px, got {data.images.shape[-1]}")
+        raise LdmError(f"this scope needs pictures of {scope.pixels} px, got {data.images.shape[-1]}")
     vae = _autoencoder(data, scope, folder, device, seconds)
     if vae is None:
         return None
@@ -168,7 +169,10 @@ def _views(vae: AutoencoderKL, data: IconSet, scope: Scope, folder: Path) -> Lat
     if cache.exists():
         with safe_open(cache, framework="pt") as file:
             colours = [line.split(",") for line in file.metadata()["colours"].split(";")]
-            return LatentViews(icons, file.get_tensor("z"), colours)
+            z = file.get_tensor("z")
+        if len(z) != len(icons):
+            raise LdmError(f"{cache} holds the latents of other pictures; delete it")
+        return LatentViews(icons, z, colours)
     print(f"encoding {len(icons)} pictures in {2 + scope.coloured} views each", file=sys.stderr, flush=True)
     views = encode_views(vae, data, coloured=scope.coloured, seed=scope.loop.seed)
     if rank_and_world()[0] == 0:
