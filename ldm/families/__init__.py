@@ -1,7 +1,15 @@
 """The families of models, in the order in which a file is tried against them."""
 
 from ldm.errors import CheckpointError
-from ldm.families.family import BertPart, ClassPart, ClipPart, Family, Picture
+from ldm.families.family import (
+    BertPart,
+    ClassPart,
+    ClipPart,
+    Family,
+    Picture,
+    context_width,
+    input_channels,
+)
 from ldm.families.infer import Shapes
 from ldm.families.original import CLASS_F4, CLASS_F8, LDSR, TEXT2IMAGE_LARGE, UNCONDITIONAL
 from ldm.families.sd1 import EMBEDDED, INSTRUCT_PIX2PIX, SD1, SD1_INPAINT
@@ -51,6 +59,11 @@ def recognise(shapes: Shapes) -> Family:
     for family in FAMILIES:
         if family.recognise(shapes):
             return family
+    if (channels := input_channels(shapes)) is not None:
+        raise CheckpointError(
+            f"not a checkpoint of a known family: its UNet has {channels} input channels, "
+            f"reads text of width {context_width(shapes)}, and its text encoder is missing or another"
+        )
     for pieces, what in _MISTAKES:
         if any(piece in name for name in shapes for piece in pieces):
             raise CheckpointError(f"this is not a Stable Diffusion checkpoint but looks like {what}")

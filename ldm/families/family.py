@@ -97,12 +97,11 @@ class Family:
 
     def recognise(self, shapes: Shapes) -> bool:
         """Whether a file with these names and shapes is of this family."""
-        if shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1:2] != (self.in_channels,):
+        if input_channels(shapes) != self.in_channels:
             return False
-        keys = (
-            s for name, s in shapes.items() if name.startswith(UNET) and name.endswith("attn2.to_k.weight")
-        )
-        context_dim = next((s[1] for s in keys if len(s) == 2), None)
+        if (f"{UNET}label_emb.0.0.weight" in shapes) != (self.vector is not None):
+            return False
+        context_dim = context_width(shapes)
         known_width = context_dim in self.context_dims
         if self.only_context_dims and not known_width:
             return False
@@ -176,6 +175,17 @@ def size_embedding(numbers: Sequence[float], like: Tensor) -> Tensor:
         .unsqueeze(0)
         .to(like.dtype)
     )
+
+
+def input_channels(shapes: Shapes) -> int | None:
+    """Of the UNet in a whole checkpoint; None: there is no UNet."""
+    return next(iter(shapes.get(f"{UNET}input_blocks.0.0.weight", ())[1:2]), None)
+
+
+def context_width(shapes: Shapes) -> int | None:
+    """Of the text that the UNet in a whole checkpoint reads; None: it reads none."""
+    keys = (s for name, s in shapes.items() if name.startswith(UNET) and name.endswith("attn2.to_k.weight"))
+    return next((s[1] for s in keys if len(s) == 2), None)
 
 
 def _has(shapes: Shapes, part: Part) -> bool:

@@ -16,6 +16,7 @@ TEXT2IMAGE_LARGE = Family(
     title="latent diffusion text2image-large",
     parts=(BertPart(prefix="cond_stage_model."),),
     in_channels=4,
+    context_dims=(1280,),
     num_heads=8,
     size=256,
     steps=50,
