@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
+from ldm.compat import Compatibility
 from ldm.errors import RequestError
 
 MAX_SEED = 2**64 - 1  # of torch.Generator.manual_seed
@@ -39,6 +40,14 @@ class Request:
     sigma_max: float | None = None
     rho: float | None = None
 
+    # Variations: the noise of another seed, or of another size, see ldm.noise.
+    variation_seed: int = 0  # of the first picture, counted up like `seed`
+    variation_strength: float = 0.0  # 0: the noise of `seed`, 1: that of `variation_seed`, between: a turn
+    seed_resize_from: tuple[int, int] | None = None  # (width, height) of a picture whose composition to keep
+    ensd: int = 0  # "eta noise seed delta": what samplers draw after the start comes from seed + ensd
+
+    compat: Compatibility = Compatibility()
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -53,6 +62,11 @@ class Request:
         _check("cfg_rescale", self.cfg_rescale, 0, 1)
         _check("clip_skip", self.clip_skip, 1, 100)
         _check("order", self.order, 1, 4)
+        _check("variation_seed", self.variation_seed, 0, MAX_SEED + 1 - self.batch_size)
+        _check("variation_strength", self.variation_strength, 0, 1)
+        for side in self.seed_resize_from or ():
+            _check("seed_resize_from", side, 8, 16_384)
+        _check("ensd", self.ensd, -MAX_SEED, MAX_SEED)
         for name in ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "sigma_min", "sigma_max", "rho"):
             _check(name, getattr(self, name), 0, 1_000_000)
 
