@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
-from ldm.compat import Compatibility
+from ldm.compat import DEFAULT, Compatibility
 from ldm.errors import RequestError
 
 MAX_SEED = 2**64 - 1  # of torch.Generator.manual_seed
@@ -46,7 +46,7 @@ class Request:
     seed_resize_from: tuple[int, int] | None = None  # (width, height) of a picture whose composition to keep
     ensd: int = 0  # "eta noise seed delta": what samplers draw after the start comes from seed + ensd
 
-    compat: Compatibility = Compatibility()
+    compat: Compatibility = DEFAULT
 
     def __post_init__(self) -> None:
         for field in fields(self):
