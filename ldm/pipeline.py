@@ -17,7 +17,8 @@ from ldm.denoise import Conditioning
 from ldm.errors import LdmError, RequestError
 from ldm.families import Picture
 from ldm.guidance import cfg
-from ldm.images import infotext, to_pil
+from ldm.images import to_pil
+from ldm.infotext import infotext
 from ldm.models import Models
 from ldm.noise import BrownianNoise, GaussianNoise
 from ldm.request import Request
