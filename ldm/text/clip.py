@@ -7,6 +7,7 @@ A causal pre-norm transformer over token and position embeddings. Parameter name
 Radford et al. 2021, arXiv:2103.00020, section 2.4; OpenCLIP: Cherti et al. 2022, arXiv:2212.07143.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +34,14 @@ OPENCLIP_H = ClipTextConfig(width=1024, layers=24, heads=16, projection_dim=1024
 OPENCLIP_BIGG = ClipTextConfig(width=1280, layers=32, heads=20, projection_dim=1280)
 
 
+class Inserted(NamedTuple):
+    """Learned vectors that stand in the place of tokens (textual inversion)."""
+
+    row: int  # of the batch
+    start: int  # position of the first one; START is position 0
+    vectors: Tensor  # (n, D)
+
+
 class TextFeatures(NamedTuple):
     hidden: Tensor  # (B, N, D) for cross-attention
     pooled: Tensor | None  # (B, projection_dim or D): the whole text in one vector
@@ -44,8 +53,11 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+    def forward(self, tokens: Tensor, inserted: Sequence[Inserted]) -> Tensor:
+        x = self.token_embedding(tokens)  # (B, N, D)
+        for row, start, vectors in inserted:
+            x[row, start : start + len(vectors)] = vectors.to(x)
+        return x + self.position_embedding.weight[: tokens.shape[1]]
 
 
 class Attention(nn.Module):
@@ -105,12 +117,14 @@ class Transformer(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
-    def forward(self, tokens: Tensor, skip: int, last: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, inserted: Sequence[Inserted], skip: int, last: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the states before the last `skip - 1` layers and, if wanted, those after all layers."""
         count = len(self.encoder.layers)
         if not 1 <= skip <= count:
             raise RequestError(f"clip skip must be 1 to {count} for this text encoder, got {skip}")
-        x = self.embeddings(tokens)
+        x = self.embeddings(tokens, inserted)
         for layer in self.encoder.layers[: count - skip + 1]:
             x = layer(x)
         hidden = x
@@ -131,17 +145,25 @@ class ClipTextModel(nn.Module):
         )
 
     def forward(
-        self, tokens: Tensor, *, skip: int = 1, final_norm: bool = True, pooled: bool = False
+        self,
+        tokens: Tensor,
+        *,
+        inserted: Sequence[Inserted] = (),
+        skip: int = 1,
+        final_norm: bool = True,
+        pooled: bool = False,
     ) -> TextFeatures:
         """Encode texts.
 
         tokens: (B, N) int64 with START and END, N up to `context_length`.
+        inserted: vectors instead of what the token table holds for some positions. The tokens there do not
+            matter, but must be below END.
         skip: 1 takes the states after the last layer, 2 those before it, and so on ("clip skip").
         final_norm: pass them through the final layer norm. SD1 and SD2 do (SD2 with skip=2), SDXL does not.
         pooled: also run the skipped layers and return the last, normed state at END, times the projection.
         Raises RequestError if the model has fewer than `skip` layers.
         """
-        hidden, last = self.text_model(tokens, skip, last=pooled)
+        hidden, last = self.text_model(tokens, inserted, skip, last=pooled)
         norm = self.text_model.final_layer_norm
         features = norm(hidden) if final_norm else hidden
         if last is None:
