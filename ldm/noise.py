@@ -7,14 +7,16 @@ definition.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.compat import NoiseSource
 from ldm.philox import Philox
+from ldm.request import MAX_SEED, Request
 
 Noise = Callable[[float, float], Tensor]
 """(sigma, sigma_next) -> unit-variance noise, (B, C, h, w)."""
@@ -31,6 +33,9 @@ def torch_stream(seed: int) -> Stream:
 def philox_stream(seed: int) -> Stream:
     """The generator of NVIDIA cards; see `ldm.philox` for how far it agrees with them."""
     return Philox(seed).randn
+
+
+STREAMS: Mapping[NoiseSource, Callable[[int], Stream]] = {"cpu": torch_stream, "philox": philox_stream}
 
 
 class GaussianNoise:
@@ -59,6 +64,71 @@ class GaussianNoise:
         return self.draw()
 
 
+def starting_noise(
+    request: Request, shape: Sequence[int], *, factor: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, GaussianNoise]:
+    """What the pictures of a request start from, (B, C, h, w), and the source of their later noise.
+
+    shape: (C, h, w) of one latent. factor: pixels for each of its pixels, along one side.
+
+    Each picture draws its start from its seed. Three settings change that, all as in the web UI:
+    - seed_resize_from: the start comes from the same seed in another size, centred on the noise of this one,
+      so that a picture keeps its composition when its size changes.
+    - variation_strength: the start is turned towards the noise of the variation seed, see `slerp`.
+    - ensd: only the start comes from the seed, and the later noise from seed + ensd.
+    """
+    shape, stream = tuple(shape), STREAMS[request.compat.noise]
+    width, height = request.seed_resize_from or (shape[2] * factor, shape[1] * factor)
+    drawn = (shape[0], height // factor, width // factor)
+    singles = [request.single(i) for i in range(request.batch_size)]
+    noise = GaussianNoise(shape, [one.seed for one in singles], device=device, stream=stream)
+
+    def start(one: Request, own: Tensor) -> Tensor:
+        x = own if drawn == shape else stream(one.seed)(drawn)
+        if one.variation_strength:
+            x = slerp(x, stream(one.variation_seed)(drawn), one.variation_strength)
+        return x if drawn == shape else centred(x, own)
+
+    # On the CPU, and only then moved: the same bits for every device.
+    starts = [start(one, own(shape)) for one, own in zip(singles, noise.streams, strict=True)]
+    if request.ensd:
+        seeds = [(one.seed + request.ensd) % (MAX_SEED + 1) for one in singles]
+        noise = GaussianNoise(shape, seeds, device=device, stream=stream)
+    return torch.stack(starts).to(device), noise
+
+
+def slerp(a: Tensor, b: Tensor, strength: float) -> Tensor:
+    """Turn noise a (C, h, w) towards b: 0 gives a, 1 gives b, and all between have the variance of noise.
+
+    A mean of two noises would have less. The turn is one of whole vectors on a sphere (Shoemake 1985,
+    "Animating rotation with quaternion curves"). The web UI turns each column of the latent by itself, its
+    vectors being the h numbers along a column; so do we, as its pictures depend on it. Where two columns are
+    parallel there is no direction to turn in, and the plain mean is right.
+    """
+    cosine = (a / a.norm(dim=1, keepdim=True) * (b / b.norm(dim=1, keepdim=True))).sum(1)
+    mean = a * (1 - strength) + b * strength
+    if cosine.mean() > 0.9995:
+        return mean
+    angle = torch.acos(cosine)  # (C, w); NaN where rounding made a cosine greater than 1
+    sine = torch.sin(angle)
+    share_a, share_b = torch.sin((1 - strength) * angle) / sine, torch.sin(strength * angle) / sine
+    turned = share_a.unsqueeze(1) * a + share_b.unsqueeze(1) * b
+    return torch.where((sine > 0).unsqueeze(1), turned, mean)
+
+
+def centred(inner: Tensor, outer: Tensor) -> Tensor:
+    """`inner` laid onto the middle of `outer`, both (C, h, w); what of it is larger is cut off."""
+    result = outer.clone()
+    source, target = [slice(None)], [slice(None)]
+    for small, large in zip(inner.shape[1:], outer.shape[1:], strict=True):
+        margin = (large - small) // 2  # negative where the inner one is larger
+        size = min(small, small + 2 * margin)
+        source.append(slice(max(-margin, 0), max(-margin, 0) + size))
+        target.append(slice(max(margin, 0), max(margin, 0) + size))
+    result[tuple(target)] = inner[tuple(source)]
+    return result
+
+
 class BrownianNoise:
     """Increments of a Brownian motion over sigma, for solvers of stochastic differential equations.
 
@@ -80,8 +150,9 @@ class BrownianNoise:
         sigma_max: float,
         *,
         device: torch.device | str = "cpu",
+        stream: Callable[[int], Stream] = torch_stream,
     ):
-        self.paths = [BrownianPath(tuple(shape), seed, sigma_min, sigma_max) for seed in seeds]
+        self.paths = [BrownianPath(tuple(shape), seed, sigma_min, sigma_max, stream) for seed in seeds]
         self.device = device
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
@@ -104,9 +175,17 @@ class BrownianPath:
     # Levels are rounded to six decimals, which ends the bisection after some 24 halvings.
     DIGITS = 6
 
-    def __init__(self, shape: tuple[int, ...], seed: int, start: float, end: float):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        seed: int,
+        start: float,
+        end: float,
+        stream: Callable[[int], Stream] = torch_stream,
+    ):
         self.shape = shape
         self.seed = seed
+        self.stream = stream
         self.start, self.end = round(start, self.DIGITS), round(end, self.DIGITS)
         self.total = self._normal(()) * math.sqrt(end - start)
 
@@ -141,4 +220,4 @@ class BrownianPath:
         The entropy pool of 24 words is torchsde's choice; another size would be another path.
         """
         seed = np.random.SeedSequence(self.seed, spawn_key=key, pool_size=24).generate_state(1)[0]
-        return torch.randn(self.shape, generator=torch.Generator("cpu").manual_seed(int(seed)))
+        return self.stream(int(seed))(self.shape)

@@ -20,7 +20,7 @@ from ldm.guidance import cfg
 from ldm.images import to_pil
 from ldm.infotext import infotext
 from ldm.models import Models
-from ldm.noise import BrownianNoise, GaussianNoise
+from ldm.noise import STREAMS, BrownianNoise, starting_noise
 from ldm.request import Request
 from ldm.samplers import Sampler, Step, parse
 from ldm.vae import AutoencoderKL, VQModel
@@ -129,12 +129,18 @@ def sample(models: Models, request: Request) -> Iterator[Step]:
     cond, uncond = conditioning(models, run)
     denoise = cfg(models.denoiser, cond, uncond, run.cfg_scale, request.cfg_rescale)
 
-    seeds = [request.seed + i for i in range(request.batch_size)]
-    noise = GaussianNoise(run.latent_shape, seeds, device=models.device)
-    x = run.sampler.start(noise.draw(), run.sigmas[0])
+    factor = autoencoder(models).config.factor
+    start, noise = starting_noise(request, run.latent_shape, factor=factor, device=models.device)
+    x = run.sampler.start(start, run.sigmas[0])
     if run.sampler.brownian:
-        low, high = run.sigmas[-2], run.sigmas[0]
-        noise = BrownianNoise(run.latent_shape, seeds, low, high, device=models.device)
+        noise = BrownianNoise(
+            run.latent_shape,
+            [request.single(i).seed for i in range(request.batch_size)],
+            sigma_min=run.sigmas[-2],
+            sigma_max=run.sigmas[0],
+            device=models.device,
+            stream=STREAMS[request.compat.noise],
+        )
     yield from run.sampler(denoise, x, run.sigmas, noise, **request.sampler_options())
 
 
@@ -155,7 +161,7 @@ def decode(models: Models, latents: Tensor) -> Tensor:
 def pictures(models: Models, run: Plan, latents: Tensor) -> list[Image.Image]:
     """Decode the finished latents (B, C, h, w) of a run and write each picture's settings into it."""
     return [
-        to_pil(pixels, infotext(replace(run.settled, seed=run.request.seed + i), models))
+        to_pil(pixels, infotext(run.settled.single(i), models))
         for i, pixels in enumerate(decode(models, latents))
     ]
 

@@ -1,7 +1,7 @@
 """All that decides a picture, in one record."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ldm.compat import DEFAULT, Compatibility
 from ldm.errors import RequestError
@@ -41,7 +41,7 @@ class Request:
     rho: float | None = None
 
     # Variations: the noise of another seed, or of another size, see ldm.noise.
-    variation_seed: int = 0  # of the first picture, counted up like `seed`
+    variation_seed: int = 0  # of the first picture; the next ones have variation_seed + 1, ..., the same seed
     variation_strength: float = 0.0  # 0: the noise of `seed`, 1: that of `variation_seed`, between: a turn
     seed_resize_from: tuple[int, int] | None = None  # (width, height) of a picture whose composition to keep
     ensd: int = 0  # "eta noise seed delta": what samplers draw after the start comes from seed + ensd
@@ -69,6 +69,15 @@ class Request:
         _check("ensd", self.ensd, -MAX_SEED, MAX_SEED)
         for name in ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "sigma_min", "sigma_max", "rho"):
             _check(name, getattr(self, name), 0, 1_000_000)
+
+    def single(self, i: int) -> "Request":
+        """The request that makes picture i of the batch by itself: a later seed.
+
+        Of variations, the seed stays and the variation seed counts up (web UI).
+        """
+        if self.variation_strength:
+            return replace(self, batch_size=1, variation_seed=self.variation_seed + i)
+        return replace(self, batch_size=1, seed=self.seed + i)
 
     def sampler_options(self) -> dict[str, float]:
         """The options of the sampler that were given."""
