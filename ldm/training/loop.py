@@ -9,9 +9,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,9 @@ from ldm.errors import LdmError
 from ldm.formats import read, write_safetensors
 from ldm.interrupts import patient
 
-LossFunction = Callable[[torch.Generator], Tensor]
+LossFunction = Callable[[torch.Generator], Tensor | Iterable[Tensor]]
+"""Takes the random generator of the step, on the CPU; returns the loss, a scalar, or yields its summands one
+by one: each is backpropagated before the next is asked for (gradient accumulation)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class LoopConfig:
     warmup: int = 200  # steps of linear rise
     decay: float = 0.4  # last part of the run, over which a half cosine takes the rate to zero
     weight_decay: float = 0.01
-    ema_decay: float = 0.999
+    ema_decay: float = 0.999  # 0: no average is kept
     clip_norm: float = 1.0
     seed: int = 0
     save_every: int = 500
@@ -58,14 +61,18 @@ def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, float32."""
+    """Exponential moving average of a module's parameters, float32; with decay 0, the parameters themselves."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.shadow = {
+            name: p.detach().float().clone() if decay else p.detach() for name, p in model.named_parameters()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
+        if not self.decay:
+            return
         # The early average is short, so that it forgets the random start: Karras et al. 2024, appendix C.
         decay = min(self.decay, (1 + step) / (10 + step))
         update = get_ema_multi_avg_fn(decay)
@@ -73,16 +80,30 @@ class Ema:
 
 
 class Run:
-    """A model in training: its optimizer, its average, its step, and the folder they are kept in."""
+    """A model in training: its optimizer, its average, its step, and the folder they are kept in.
 
-    def __init__(self, model: nn.Module, config: LoopConfig, folder: Path) -> None:
+    optimizer: None for AdamW over all parameters. `config.rate` sets the learning rate of its groups, times
+        their "factor", if they have one.
+    facts: further settings that decide the result (what JSON can hold), checked on resume like `config`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoopConfig,
+        folder: Path,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.step = 0
         self.ema = Ema(model, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
+        self.settings = {**asdict(config), **(facts or {})}
+        self.optimizer = optimizer or torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
         )
 
@@ -93,11 +114,12 @@ class Run:
     def save(self) -> None:
         """Write the whole state; the file of the last save stays until the new one is complete."""
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        tensors |= {f"ema.{name}": value for name, value in self.ema.shadow.items()}
+        if self.ema.decay:
+            tensors |= {f"ema.{name}": value for name, value in self.ema.shadow.items()}
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        config = json.dumps(asdict(self.config))
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        config = json.dumps(self.settings)
         write_safetensors(
             self.state_path, tensors, {"step": str(self.step), "config": config}, overwrite=True
         )
@@ -111,7 +133,7 @@ class Run:
         if not self.state_path.exists():
             return False
         state = read(self.state_path)
-        stored, now = json.loads(state.metadata["config"]), asdict(self.config)
+        stored, now = json.loads(state.metadata["config"]), json.loads(json.dumps(self.settings))
         changed = [k for k in now if k not in ("steps", "decay", "save_every") and now[k] != stored.get(k)]
         parameters = dict(self.model.named_parameters())
         shapes = {name: w.shape for name, w in state.tensors.items() if name.startswith("model.")}
@@ -125,16 +147,25 @@ class Run:
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(state.tensors[f"model.{name}"])
-                self.ema.shadow[name].copy_(state.tensors[f"ema.{name}"])
-                # A file knows no memory layout, and the fused optimizer goes through weights and moments in
-                # the order of the memory: both must be in the same one, such as channels last.
-                self.optimizer.state[p] = {
-                    key: torch.empty_like(p if value.ndim else value, device=p.device).copy_(value)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if (value := state.tensors.get(f"optimizer.{key}.{name}")) is not None
-                }
+                if self.ema.decay:
+                    self.ema.shadow[name].copy_(state.tensors[f"ema.{name}"])
+        self._restore_optimizer(state.tensors)
         self.step = int(state.metadata["step"])
         return True
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for entry, value in tensors.items():
+            if not entry.startswith("optimizer."):
+                continue
+            _, key, name = entry.split(".", 2)
+            p = parameters[name]
+            # A file knows no memory layout, and the fused optimizer goes through weights and moments in the
+            # order of the memory: both must be in the same one, such as channels last.
+            layout = p if value.shape == p.shape else value
+            kept = torch.empty_like(layout, dtype=value.dtype, device=p.device).copy_(value)
+            # Only a number that was none of torch's own is an int64: bitsandbytes counts its steps so.
+            self.optimizer.state[p][key] = int(value) if value.dtype == torch.int64 else kept
 
     def train(
         self,
@@ -143,12 +174,14 @@ class Run:
         samples_per_step: int,
         seconds: float = math.inf,
         every: tuple[int, Callable[[], None]] | None = None,
+        watch: Callable[[float], None] | None = None,
     ) -> bool:
         """Train until `config.steps` or for `seconds`; Ctrl-C ends it after the step at hand.
 
-        loss_function: takes the step's CPU generator, returns a scalar.
         samples_per_step: pictures of all processes together, for the display.
         every: (n, action): call `action` after each n steps (sample pictures).
+        watch: called with the loss after each step, which makes a GPU wait; None: now and then, the loss
+            goes to loss.csv.
         Returns whether all steps are done. The state is saved on return and each `save_every` steps.
         Raises LdmError when the training diverges; the last saved state is sound and kept.
         """
@@ -162,6 +195,8 @@ class Run:
                 if self._agree(asked() or time.monotonic() - start >= seconds):
                     break
                 loss, norm = self._update(loss_function)
+                if watch is not None:
+                    watch(loss.item())
 
                 now = time.monotonic()
                 if now - shown > 10 or self.step == self.config.steps:
@@ -170,7 +205,9 @@ class Run:
                     average = value if average is None else 0.8 * average + 0.2 * value
                     pace = (self.step - first) / (now - start)
                     if rank == 0:
-                        self._show(average, pace, samples_per_step)
+                        self._show(average, pace * samples_per_step, (self.config.steps - self.step) / pace)
+                        if watch is None:
+                            self._log(average, samples_per_step)
                     shown = now
                 if self.step % self.config.save_every == 0:
                     self._check(norm)
@@ -189,10 +226,13 @@ class Run:
         rank, world = rank_and_world()
         parameters = list(self.model.parameters())
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate(self.step)
-        loss = loss_function(step_generator(self.config.seed, self.step, rank))
+            group["lr"] = self.config.rate(self.step) * group.get("factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        summands = loss_function(step_generator(self.config.seed, self.step, rank))
+        loss = torch.zeros(())
+        for summand in [summands] if isinstance(summands, Tensor) else summands:
+            summand.backward()
+            loss = loss + summand.detach()
         if world > 1:
             for p in parameters:
                 if p.grad is not None:
@@ -202,7 +242,7 @@ class Run:
         self.optimizer.step()
         self.ema.update(self.model, self.step)
         self.step += 1
-        return loss.detach(), norm
+        return loss, norm
 
     def _check(self, norm: Tensor) -> None:
         """Raise LdmError if the last gradient was not finite: then neither are the weights, from now on."""
@@ -220,14 +260,18 @@ class Run:
         dist.all_reduce(votes)
         return votes.item() > 0
 
-    def _show(self, loss: float, pace: float, samples_per_step: int) -> None:
-        left = (self.config.steps - self.step) / pace
+    def _show(self, loss: float, pace: float, left: float) -> None:
+        """pace: samples a second; left: seconds."""
+        speed = f"{pace:.0f}" if pace >= 10 else f"{pace:.2g}"
+        hours, minutes = divmod(math.ceil(left / 60), 60)
+        time_left = f"{hours} h {minutes} min" if hours else f"{minutes} min"
         print(
-            f"step {self.step}/{self.config.steps}  loss {loss:.4f}  {pace * samples_per_step:.0f} samples/s"
-            f"  {left / 60:.0f} min left",
+            f"step {self.step}/{self.config.steps}  loss {loss:.4f}  {speed} samples/s  {time_left} left",
             file=sys.stderr,
             flush=True,
         )
+
+    def _log(self, loss: float, samples_per_step: int) -> None:
         with (self.folder / "loss.csv").open("a") as log:
             log.write(f"{self.step},{self.step * samples_per_step},{loss:.6f}\n")
 
