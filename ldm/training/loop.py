@@ -61,7 +61,7 @@ def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, float32; with decay 0, the parameters themselves."""
+    """Exponential moving average of a module's parameters, float32; with decay 0, just the parameters."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
