@@ -37,7 +37,7 @@ class Plan:
     cfg_scale: float
     sampler: Sampler
     spacing: str  # of the noise levels, a name of ldm.spacings.SPACINGS
-    sigmas: tuple[float, ...]  # steps + 1 levels, the last one 0
+    sigmas: tuple[float, ...]  # steps + 1 levels, the last one 0 (DDIM as in other programs: see compat)
     latent_shape: tuple[int, int, int]  # (C, h, w)
 
     @property
@@ -75,14 +75,7 @@ def plan(models: Models, request: Request) -> Plan:
     spacing = family.spacings.get(spacing, spacing)
     sampler.check_options(request.sampler_options())
     steps = request.steps or family.steps
-    sigmas = sampler.sigmas(
-        models.denoiser.schedule,
-        steps,
-        spacing,
-        sigma_min=request.sigma_min,
-        sigma_max=request.sigma_max,
-        rho=request.rho,
-    )
+    sigmas = _sigmas(models, request, sampler, steps, spacing)
     factor = vae.config.factor
     width, height = request.width or models.default_size, request.height or models.default_size
     for name, value in (("width", width), ("height", height)):
@@ -100,6 +93,17 @@ def plan(models: Models, request: Request) -> Plan:
         sigmas=tuple(sigmas),
         latent_shape=(vae.config.embed_dim, height // factor, width // factor),
     )
+
+
+def _sigmas(models: Models, request: Request, sampler: Sampler, steps: int, spacing: str) -> list[float]:
+    """The noise levels of the run, as the request's `compat` wants them."""
+    schedule, compat = models.denoiser.schedule, request.compat
+    if spacing == sampler.spacing == "ddim_uniform" and compat.ddim_levels != "exact":
+        return schedules.ddim_levels(schedule, steps, compat.ddim_levels)
+    low, high = request.sigma_min, request.sigma_max
+    if spacing == "karras" and compat.old_karras_range:
+        low, high = low or 0.1, high or 10.0
+    return sampler.sigmas(schedule, steps, spacing, sigma_min=low, sigma_max=high, rho=request.rho)
 
 
 @torch.no_grad()
@@ -141,7 +145,9 @@ def sample(models: Models, request: Request) -> Iterator[Step]:
             device=models.device,
             stream=STREAMS[request.compat.noise],
         )
-    yield from run.sampler(denoise, x, run.sigmas, noise, **request.sampler_options())
+    for step in run.sampler(denoise, x, run.sigmas, noise, **request.sampler_options()):
+        last = step.sigma_next == run.sigmas[-1] > 0
+        yield step._replace(x=run.sampler.finish(step.x, step.sigma_next)) if last else step
 
 
 def autoencoder(models: Models) -> AutoencoderKL | VQModel:

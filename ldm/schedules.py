@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
+from ldm.compat import StrengthRule
 from ldm.errors import RequestError
-from ldm.spacings import SPACINGS, Kind, log_linear, spacing_name
+from ldm.spacings import SPACINGS, Kind, ddim_original, log_linear, spacing_name
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,32 @@ def sigmas(
     if not all(a > b for a, b in pairwise([*levels, 0.0])):
         raise RequestError(f"the spacing {spacing!r} has no {steps} different levels; ask for fewer steps")
     return [*levels, 0.0]
+
+
+def ddim_levels(schedule: NoiseSchedule, steps: int, rule: Literal["compvis", "webui"]) -> list[float]:
+    """The levels of DDIM and PLMS as other programs have them, ending above 0: a trace of noise stays.
+
+    CompVis goes on from the last training step visited, 1, to 0. The web UI ends at 1, without evaluating the
+    network there, so it makes one step less. `ldm.samplers.Sampler.finish` scales what they leave.
+    """
+    times = ddim_original(steps, len(schedule.sigmas))
+    return [schedule.sigma(t) for t in ([*times, 0.0] if rule == "compvis" else times)]
+
+
+def part_of_run(steps: int, strength: float, rule: StrengthRule) -> tuple[int, int]:
+    """Image to image: the length of the whole schedule, and how many of its last steps are made.
+
+    strength: above 0, to 1. The same number gives one step more in the web UI than in diffusers.
+        webui: int(strength * steps) + 1 of `steps`, strength counting as at most 0.999
+        diffusers: int(strength * steps) of `steps`, but at least one
+        exact: `steps` of so many that they are this share (ComfyUI, and the web UI's "exactly the amount")
+    """
+    if rule == "diffusers":
+        return steps, max(int(strength * steps), 1)
+    capped = min(strength, 0.999)
+    if rule == "exact":
+        return int(steps / capped), steps
+    return steps, int(capped * steps) + 1
 
 
 def _levels(

@@ -73,6 +73,16 @@ def ddim_uniform(n: int, steps: int) -> list[float]:
     return [float(i * steps // n + offset) for i in reversed(range(n))]
 
 
+def ddim_original(n: int, steps: int) -> list[float]:
+    """Whole training steps 1, 1 + s, 1 + 2s ... with the whole part of T/n as stride s: the original rule.
+
+    More than n steps where n does not divide T. The highest may lie just beyond the table, as for n = 3 and
+    27 of T = 1000, where the original fails; it is drawn in here, as in the web UI.
+    """
+    times = {min(t + 1, steps - 1) for t in range(0, steps, max(steps // n, 1))}
+    return [float(t) for t in sorted(times, reverse=True)]
+
+
 def trailing(n: int, steps: int) -> list[float]:
     """Whole training steps T - 1, T - 1 - T/n ..., so that the first is always at the top.
 

@@ -68,6 +68,10 @@ class Sampler:
         """
         return noise * (math.sqrt(1 + sigma**2) if self.unit_start else sigma)
 
+    def finish(self, x: Tensor, sigma: float) -> Tensor:
+        """The latent of a run that ended at `sigma`, where that is above 0: `start` the other way round."""
+        return x / math.sqrt(1 + sigma**2) if self.unit_start else x
+
     def __call__(
         self, denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, **options: Any
     ) -> Iterator[Step]:
