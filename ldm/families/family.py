@@ -61,6 +61,8 @@ class Picture:
     height: int
     negative: bool  # this is the negative prompt
     clip_skip: int | None
+    original: tuple[int, int] | None = None  # (width, height) of what it was cut from, if another size
+    corner: tuple[int, int] = (0, 0)  # (left, top) of the cut
 
 
 @dataclass(frozen=True, kw_only=True)

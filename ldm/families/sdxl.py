@@ -12,7 +12,8 @@ from ldm.families.family import ClipPart, Family, Picture, size_embedding
 def base_vector(pooled: Tensor, picture: Picture) -> Tensor:
     """(B, P) -> (B, P + 6 * 256): original size, crop corner, target size, each as (height, width)."""
     h, w = picture.height, picture.width
-    return torch.cat([pooled, size_embedding([h, w, 0, 0, h, w], pooled)], dim=1)
+    (left, top), (original_w, original_h) = picture.corner, picture.original or (w, h)
+    return torch.cat([pooled, size_embedding([original_h, original_w, top, left, h, w], pooled)], dim=1)
 
 
 def refiner_vector(pooled: Tensor, picture: Picture) -> Tensor:
