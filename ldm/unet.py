@@ -33,9 +33,7 @@ class UNetConfig:
     context_dim: int | None = 768  # width of the text features; None: plain self-attention, no context
     num_heads: int | None = 8  # a fixed number of heads ...
     head_dim: int | None = None  # ... or a fixed width of each (then num_heads is None)
-    linear_projection: bool = (
-        False  # SD2 and SDXL enter their transformers by a linear layer, SD1 by a 1x1 conv
-    )
+    linear_projection: bool = False  # into the transformers; SD2 and SDXL: a linear layer, SD1: a 1x1 conv
     cross_only: tuple[bool, ...] = ()  # levels whose first attention looks at the context too (x4-upscaler)
     new_attention_order: bool = False  # plain attention only: q, k, v first and heads second, or the reverse
     vector_dim: int | None = None  # width of SDXL's pooled text and sizes
@@ -44,6 +42,7 @@ class UNetConfig:
     resblock_updown: bool = False
 
     def heads(self, channels: int) -> int:
+        """Attention heads at a level of that width."""
         return self.num_heads if self.num_heads is not None else channels // (self.head_dim or channels)
 
     @property
@@ -187,11 +186,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, size: Sequence[int]) -> Tensor:
         qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3C, L)
-        # The channels are laid out [q k v][heads] in the new order, [heads][q k v] in the old one.
+        # The channels are laid out [q k v][heads] in the new order, [heads][q k v] in the old one. q, k and v
+        # become (B, heads, L, C/heads).
         if self.new_order:
-            q, k, v = (
-                qkv.unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)
-            )  # (B, heads, L, C/heads)
+            q, k, v = qkv.unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)
         else:
             q, k, v = qkv.unflatten(1, (self.heads, 3, -1)).transpose(3, 4).unbind(2)
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)  # (B, C, L)
@@ -210,9 +208,7 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(
-            nn.Linear(channels, channels)
-        )  # index 0 as in the original, which adds dropout
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))  # the original adds dropout at index 1
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = (

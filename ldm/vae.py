@@ -22,12 +22,7 @@ class VAEConfig:
 
     in_channels: int = 3
     ch: int = 128
-    ch_mult: tuple[int, ...] = (
-        1,
-        2,
-        4,
-        4,
-    )  # width of each level, in units of `ch`; one halving between levels
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # width of each level, in units of `ch`; each is half as large
     num_res_blocks: int = 2
     attention_levels: tuple[int, ...] = ()  # levels with attention after every ResNet block (f16: the lowest)
     mid_attention: bool = True  # vq-f4-noattn has none

@@ -2,7 +2,7 @@
 
     python scripts/build_dataset.py --scope small --out build/data
 
-Needs npm, a connection on the first run, and `pip install ldm[train]`. What was fetched and rendered is
+Needs npm, a connection on the first run, and `pip install -e ".[train]"`. What was fetched and rendered is
 kept in --cache, so a stopped build goes on where it was.
 """
 

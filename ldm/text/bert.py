@@ -24,6 +24,8 @@ CONTEXT_LENGTH = 77
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
+    """Shape of the encoder; the defaults are those of text2image-large."""
+
     width: int = 1280
     layers: int = 32
     vocab_size: int = 30522
@@ -31,6 +33,8 @@ class BertConfig:
 
 
 class PositionEmbedding(nn.Module):
+    """A learned vector for each position. tokens (B, N) -> (N, D)."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.emb = nn.Embedding(config.context_length, config.width)
@@ -40,6 +44,8 @@ class PositionEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over all tokens. (B, N, D) -> the same."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.to_q = nn.Linear(width, HEADS * HEAD_WIDTH, bias=False)
@@ -56,6 +62,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two layers, four times as wide inside. (B, N, D) -> the same."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         # The identity stands for a dropout: it keeps the numbers of the checkpoint.
@@ -85,6 +93,8 @@ class AttentionLayers(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Embeddings, layers and the last norm. tokens (B, N) int64 -> (B, N, D)."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.token_emb = nn.Embedding(config.vocab_size, config.width)
@@ -99,6 +109,8 @@ class Transformer(nn.Module):
 
 
 class BertTextModel(nn.Module):
+    """The whole encoder, under the name that its weights have in the checkpoint."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config

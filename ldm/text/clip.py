@@ -20,6 +20,8 @@ from ldm.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTextConfig:
+    """Shape of a CLIP text encoder; the defaults are the ones that CLIP-L and its relatives share."""
+
     width: int = 768
     layers: int = 12
     heads: int = 12
@@ -43,11 +45,15 @@ class Inserted(NamedTuple):
 
 
 class TextFeatures(NamedTuple):
+    """What the encoder says of a text."""
+
     hidden: Tensor  # (B, N, D) for cross-attention
     pooled: Tensor | None  # (B, projection_dim or D): the whole text in one vector
 
 
 class Embeddings(nn.Module):
+    """A learned vector for each token and one for each position. (B, N) int64 -> (B, N, D)."""
+
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
@@ -61,6 +67,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal multi-head self-attention: a token sees itself and earlier ones. (B, N, D) -> the same."""
+
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -79,6 +87,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two layers, four times as wide inside. (B, N, D) -> the same."""
+
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.quick_gelu = config.quick_gelu
@@ -92,6 +102,8 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each behind a layer norm and around a shortcut. (B, N, D) -> the same."""
+
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.width)
@@ -105,12 +117,16 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers in a row; `Transformer` runs as many as are wanted."""
+
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
 
 class Transformer(nn.Module):
+    """Everything but the projection of the pooled vector, under the name that all its weights share."""
+
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
@@ -136,6 +152,8 @@ class Transformer(nn.Module):
 
 
 class ClipTextModel(nn.Module):
+    """A whole text encoder, see `forward`."""
+
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.config = config
