@@ -1,37 +1,34 @@
-r"""The language of prompts, as the web UI by AUTOMATIC1111 reads it: text in, tokens and weights out.
+r"""The language of prompts, as the web UI by AUTOMATIC1111 reads it.
 
-A prompt goes through these functions in turn; each is of use alone, and `ldm.text.editing` stands between
-the second and the third:
+A prompt goes through these functions in turn; each is of use alone:
 
-    tags       <lora:name:0.8>         out of the text, into a list
-    compose    a AND b :0.5            prompts that guide together, each with a weight
-    schedule   [cat:dog:0.5] [a|b]     the texts of the steps of a run, see `ldm.text.editing`
-    emphasis   (cat:1.3) [dog] \(      pieces of text, each with a weight
-    chunks     BREAK                   pieces of as many tokens as a text encoder takes at once
+    tags             <lora:name:0.8>        out of the text, into a list
+    compose          a AND b :0.5           prompts that guide together, each with a weight
+    editing.schedule [cat:dog:0.5] [a|b]    the texts of the steps of a run
+    emphasis         (cat:1.3) [dog] \(     pieces of text, each with a weight
+    chunks.chunks    BREAK                  pieces of as many tokens as a text encoder takes at once
 
 Nothing here fails on any text: what is not well formed is plain text. All of it takes time in proportion to
-the length. The rules are those of the web UI's prompt_parser.py and sd_hijack_clip.py, held to its results
-by tests.
+the length. The rules are those of the web UI's prompt_parser.py and sd_hijack_clip.py, and tests hold us to
+the results of these.
 """
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from operator import mul
-from typing import NamedTuple
+from operator import itemgetter, mul
 
 from ldm.compat import Emphasis
 from ldm.errors import PromptError
 
-CHUNK = 75  # tokens between START and END in CLIP's 77 positions
-BACKTRACK = 20  # how far a chunk is cut back to end in a comma (the web UI's setting)
 MARKS = ("(", ")", "[", "]", ":", "|", "\\", "<", "AND", "BREAK")
-LIMIT = 100_000  # of these in one prompt; if there are more, all is plain text, see `too_many`
-_POWERS = dict(enumerate(accumulate([1.0] + [1.1] * 100, mul))) | {
-    -n: power for n, power in enumerate(accumulate([1.0] + [1 / 1.1] * 100, mul))
+LIMIT = 50_000  # of these in one prompt; if there are more, all is plain text, see `too_many`
+UP, DOWN = 1.1, 1 / 1.1  # the factors of (text) and [text]
+_POWERS = dict(enumerate(accumulate([1.0] + [UP] * 100, mul))) | {
+    -n: power for n, power in enumerate(accumulate([1.0] + [DOWN] * 100, mul))
 }  # of 1.1, by repeated multiplication, as in the original: pieces are joined where weights are equal
 
 _TAG = re.compile(r"<(\w+):([^>]+)>")
@@ -40,9 +37,6 @@ _AND = re.compile(r"AND(?<=\bAND)\b")
 _BREAK = re.compile(r"BREAK(?<=\bBREAK)\b")
 _COMPOSE_WEIGHT = re.compile(r"[-+]?(?:\d+\.?|\d*\.\d+)")
 _EMPHASIS_MARKS = re.compile(r"[^\\()\[\]:]+|\(+|\[+|\)+|\]+|:\s*[+-]?[.\d]+\s*\)|:|\\[()\[\]\\]?")
-
-Encode = Callable[[str], list[int]]
-"""Text to tokens without START and END, such as `Tokenizer.encode`."""
 
 
 def too_many(text: str) -> bool:
@@ -139,49 +133,46 @@ def emphasis(text: str, mode: Emphasis = "original") -> list[tuple[str, float]]:
     if mode == "none" or too_many(text):
         return [(text, 1.0)]
     pieces: list[str] = []
-    bases: list[float] = []  # 1, and -1 for BREAK
+    breaks: list[int] = []  # which of the pieces are a BREAK
     spans: list[tuple[int, int, float]] = []  # (first piece, end, factor), inner ones first
     rounds: list[int] = []  # where brackets not yet closed were opened
     squares: list[int] = []
-
-    def literal(plain: str) -> None:
-        parts = _BREAK.split(plain)
-        for i, part in enumerate(parts):
-            if i > 0:
-                part = part.lstrip()
-                pieces.append("BREAK")
-                bases.append(-1.0)
-            pieces.append(part.rstrip() if i < len(parts) - 1 else part)
-            bases.append(1.0)
-
     for mark in _EMPHASIS_MARKS.findall(text):
         first = mark[0]
         if first == "(":
             rounds += [len(pieces)] * len(mark)
         elif first == "[":
             squares += [len(pieces)] * len(mark)
-        elif first == ")" or (first == "]"):
-            opened, factor = (rounds, 1.1) if first == ")" else (squares, 1 / 1.1)
+        elif first == ")" or first == "]":
+            opened, factor = (rounds, UP) if first == ")" else (squares, DOWN)
             for bracket in mark:
                 if opened:
                     spans.append((opened.pop(), len(pieces), factor))
                 else:
-                    literal(bracket)
-        elif first == "\\":
-            pieces.append(mark[1:])
-            bases.append(1.0)
+                    pieces.append(bracket)
         elif first == ":" and len(mark) > 1 and rounds:
             weight = _number(mark[1:-1])
             if weight is None:  # (a:1.2.3)
-                literal(mark[:-1])
-            spans.append((rounds.pop(), len(pieces), 1.1 if weight is None else weight))
+                pieces.append(mark[:-1])
+            spans.append((rounds.pop(), len(pieces), UP if weight is None else weight))
+        elif first == "\\":
+            pieces.append(mark[1:])
+        elif "BREAK" in mark:
+            before, *others = _BREAK.split(mark)
+            for after in others:
+                pieces += [before.rstrip(), "BREAK"]
+                breaks.append(len(pieces) - 1)
+                before = after.lstrip()
+            pieces.append(before)
         else:
-            literal(mark)
-    spans += [(start, len(pieces), 1.1) for start in rounds]
-    spans += [(start, len(pieces), 1 / 1.1) for start in squares]
+            pieces.append(mark)
+    spans += [(start, len(pieces), UP) for start in rounds]
+    spans += [(start, len(pieces), DOWN) for start in squares]
 
-    weights = [w * base for w, base in zip(_weights(len(pieces), spans), bases, strict=True)]
-    runs = groupby(zip(pieces, weights, strict=True), key=lambda piece: piece[1])
+    weights = _weights(len(pieces), spans)
+    for i in breaks:
+        weights[i] *= -1
+    runs = groupby(zip(pieces, weights, strict=True), key=itemgetter(1))
     return [("".join(text for text, _ in run), weight) for weight, run in runs] or [("", 1.0)]
 
 
@@ -197,8 +188,8 @@ def _weights(count: int, spans: list[tuple[int, int, float]]) -> list[float]:
     for start, end, factor in spans:
         if start == end:
             continue
-        if factor in (1.1, 1 / 1.1):
-            step = 1 if factor == 1.1 else -1
+        if factor in (UP, DOWN):
+            step = 1 if factor == UP else -1
             steps[start] += step
             steps[end] -= step
         else:
@@ -214,102 +205,6 @@ def _weights(count: int, spans: list[tuple[int, int, float]]) -> list[float]:
             products.append(_bounded(products[-1] * factor))
         weights.append(products[-1] * _POWERS[max(-100, min(100, power))])
     return weights
-
-
-class Chunk(NamedTuple):
-    """What a text encoder takes at once."""
-
-    ids: tuple[int, ...]  # content tokens, without START and END; 0 where an embedding's vectors belong
-    weights: tuple[float, ...]  # of these
-    embeddings: tuple[tuple[int, str], ...]  # (place of its first vector in `ids`, name)
-    size: int  # places taken, for counting: all if the text goes on behind this chunk
-
-    def weight_row(self, length: int = CHUNK + 2) -> list[float]:
-        """The weights of `length` positions, with START in front, END and padding behind."""
-        return [1.0, *self.weights, *[1.0] * (length - 1 - len(self.weights))]
-
-
-class EmbeddingNames:
-    """Names of textual inversion embeddings, to be found in a prompt by their tokens."""
-
-    def __init__(self, encode: Encode, vectors: Mapping[str, int]) -> None:
-        """vectors: name -> number of vectors."""
-        self._by_first: defaultdict[int, list[tuple[list[int], str, int]]] = defaultdict(list)
-        for name, count in vectors.items():
-            if ids := encode(name):
-                self._by_first[ids[0]].append((ids, name, count))
-        for entries in self._by_first.values():
-            entries.sort(key=lambda entry: len(entry[0]), reverse=True)
-
-    def at(self, ids: Sequence[int], place: int) -> tuple[str, int, int] | None:
-        """The longest name that stands at this place: (name, vectors, tokens of the name)."""
-        for name_ids, name, count in self._by_first.get(ids[place], ()):
-            if ids[place : place + len(name_ids)] == name_ids:
-                return name, count, len(name_ids)
-        return None
-
-
-def chunks(
-    pieces: Iterable[tuple[str, float]],
-    encode: Encode,
-    *,
-    length: int = CHUNK,
-    embeddings: EmbeddingNames | None = None,
-    backtrack: int = BACKTRACK,
-) -> list[Chunk]:
-    """Cut the pieces that `emphasis` returns into chunks of up to `length` tokens; there is at least one.
-
-    If the chunk that gets full has a comma among its last `backtrack` tokens, what follows the comma moves
-    to the next chunk. BREAK ends a chunk. An embedding is never cut in two.
-    Raises PromptError if an embedding has more vectors than a chunk has places.
-    """
-    (comma,) = encode(",")
-    done: list[Chunk] = []
-    ids: list[int] = []  # of the chunk at work
-    weights: list[float] = []
-    places: list[tuple[int, str]] = []
-    last_comma = -1
-
-    def close(at: int) -> None:
-        """End the chunk after `at` tokens; the others begin the next one."""
-        nonlocal ids, weights, places, last_comma
-        stay = tuple(place for place in places if place[0] < at)
-        done.append(Chunk(tuple(ids[:at]), tuple(weights[:at]), stay, length))
-        places = [(place - at, name) for place, name in places if place >= at]
-        ids, weights, last_comma = ids[at:], weights[at:], -1
-
-    for text, weight in pieces:
-        if text == "BREAK" and weight == -1:
-            close(len(ids))
-            continue
-        tokens = encode(text)
-        position = 0
-        while position < len(tokens):
-            token = tokens[position]
-            if token == comma:
-                last_comma = len(ids)
-            elif len(ids) == length and last_comma >= 0 and length - last_comma <= backtrack:
-                close(last_comma + 1)
-            if len(ids) == length:
-                close(length)
-            found = embeddings.at(tokens, position) if embeddings else None
-            if found is None:
-                ids.append(token)
-                weights.append(weight)
-                position += 1
-                continue
-            name, count, taken = found
-            if count > length:
-                raise PromptError(f"embedding {name!r} has {count} vectors; this text encoder takes {length}")
-            if len(ids) + count > length:
-                close(len(ids))
-            places.append((len(ids), name))
-            ids += [0] * count
-            weights += [weight] * count
-            position += taken
-    if ids or not done:
-        done.append(Chunk(tuple(ids), tuple(weights), tuple(places), len(ids)))
-    return done
 
 
 def _number(text: str) -> float | None:
