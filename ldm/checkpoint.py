@@ -115,7 +115,16 @@ def load(
         schedule = schedule.zero_terminal_snr()
     predicts = prediction or _stated_prediction(file) or family.prediction or probe_prediction(unet)
     denoiser = Denoiser(unet, schedule, predicts, dtype)
-    return Models(family, denoiser, autoencoder, encoders, _tokenizer(family, vocabulary), source)
+    return Models(
+        family,
+        denoiser,
+        autoencoder,
+        encoders,
+        _tokenizer(family, vocabulary),
+        source,
+        vae_path=None if vae is None else Path(vae),
+        ema=ema,
+    )
 
 
 def load_vae(

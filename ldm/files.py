@@ -1,10 +1,11 @@
-"""Writing files whole or not at all, and keeping names inside their folder."""
+"""Writing files whole or not at all, keeping names inside their folder, and fingerprints of files."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
@@ -63,6 +64,23 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> list[Path]:
             os.unlink(path)
             removed.append(path)
     return removed
+
+
+def sha256(
+    path: str | os.PathLike[str], *, start: int = 0, size: int = -1, progress: Callable[[int], object] = int
+) -> str:
+    """The hash of a file, or of `size` bytes of it from `start` on, in hexadecimal digits.
+
+    progress: called with the number of bytes just read, as a checkpoint takes some seconds.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20 if size < 0 else min(1 << 20, size)):
+            digest.update(block)
+            progress(len(block))
+            size -= len(block) if size >= 0 else 0
+    return digest.hexdigest()
 
 
 def inside(root: str | os.PathLike[str], name: str) -> Path:

@@ -1,6 +1,5 @@
 """The loaded parts of a model, each replaceable by itself."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from ldm.denoise import Denoiser, Prediction
 from ldm.errors import LdmError
 from ldm.families.family import UNET, VAE, ClipPart, Family
+from ldm.files import sha256
 from ldm.formats import write_safetensors
+from ldm.library import Library
 from ldm.text.bert import WordPiece
 from ldm.text.openclip_names import to_openclip
 from ldm.text.tokenizer import Tokenizer
@@ -36,6 +37,9 @@ class Models:
     text: tuple[nn.Module, ...]  # one for each of family.parts; empty if the file had none
     tokenizer: Tokenizer | WordPiece | None = None
     path: Path | None = None  # the file they came from
+    vae_path: Path | None = None  # the file of the VAE, if it was another one
+    ema: bool = False  # the UNet's weights are the averaged ones of that file
+    library: Library = Library()  # noqa: RUF009 - frozen; where names in prompts are looked up
 
     @property
     def unet(self) -> UNet:
@@ -59,13 +63,12 @@ class Models:
 
         None where there is no file, or no longer: a finished picture must not fail on that.
         """
-        if self.path is None or not self.path.exists():
-            return None
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()[:10]
+        return _short_hash(self.path)
+
+    @cached_property
+    def vae_hash(self) -> str | None:
+        """The same of the VAE's file; None if it has none of its own."""
+        return _short_hash(self.vae_path)
 
     @property
     def default_size(self) -> int:
@@ -121,3 +124,7 @@ class Models:
         predicts = "v" if self.denoiser.prediction is Prediction.V else "epsilon"
         facts = {"modelspec.prediction_type": predicts, **(metadata or {})}
         write_safetensors(path, weights, facts, overwrite=overwrite)
+
+
+def _short_hash(path: Path | None) -> str | None:
+    return sha256(path)[:10] if path is not None and path.exists() else None
