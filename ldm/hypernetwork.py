@@ -98,11 +98,14 @@ def applied(models: Models, hypernetworks: Iterable[Use]) -> Iterator[None]:
     Raises CheckpointError if a file is damaged or was made for another family, RequestError for a multiplier
     that is not finite; then nothing has changed.
     """
+    uses = list(hypernetworks)
+    if not uses:  # then the network need not be a UNet
+        yield
+        return
     unet = models.unet
     attentions = [module for module in unet.modules() if isinstance(module, CrossAttention)]
-    steps = _steps(
-        hypernetworks, {_width(a.to_k): a.to_k.weight for a in attentions}, unet.config.context_dim
-    )
+    weights = {_width(a.to_k): a.to_k.weight for a in attentions}
+    steps = _steps(uses, weights, unet.config.context_dim)
     exchanged: list[tuple[CrossAttention, str, nn.Module]] = []
     try:
         for attention in attentions:

@@ -8,6 +8,7 @@ The layouts: the web UI's ("string_to_param"), diffusers' (the vectors under the
 for), kohya's ("emb_params"), and two tensors for the two encoders of SDXL ("clip_l" and "clip_g").
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import CheckpointError, LdmError
-from ldm.files import inside
+from ldm.errors import CheckpointError
 from ldm.formats import read_tree
 from ldm.formats.mapped import printable
+from ldm.library import files
 from ldm.text.clip import ClipTextModel
 
-SUFFIXES = (".pt", ".bin", ".safetensors")
 MAX_VECTORS = 75  # what one run of a text encoder reads beside START and END
 MAX_WIDTH = 1 << 14
 
@@ -37,13 +37,20 @@ TITLES = {
 }
 """Families by the widths of their text encoders, for messages."""
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
     """What a file of textual inversion holds."""
 
-    name: str  # the file's name without its ending
+    path: Path
     vectors: tuple[Tensor, ...]  # (n, D) float32 for each text encoder: one, or SDXL's CLIP-L and bigG
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
 
     def __len__(self) -> int:
         """How many tokens it takes the place of."""
@@ -53,27 +60,21 @@ class Embedding:
     def widths(self) -> tuple[int, ...]:
         return tuple(v.shape[1] for v in self.vectors)
 
-    def fits(self, encoders: Sequence[nn.Module]) -> bool:
-        """Whether `fitted` would succeed."""
-        return self.widths == _widths(encoders) or self._fits_refiner(encoders)
-
     def fitted(self, encoders: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """The vectors for each of a model's text encoders.
 
         The refiner of SDXL has only the second encoder, and takes the second half of SDXL's embeddings.
         Raises CheckpointError if the embedding was made for other encoders.
         """
-        if self._fits_refiner(encoders):
+        expected = tuple(e.config.width for e in encoders if isinstance(e, ClipTextModel))
+        if self.widths == expected:
+            return self.vectors
+        if self.widths[1:] == expected != ():
             return self.vectors[1:]
-        if self.widths != _widths(encoders):
-            raise CheckpointError(
-                f"the embedding '{printable(self.name)}' has width {_described(self.widths)}, "
-                f"the model reads {_described(_widths(encoders))}; use one made for this model"
-            )
-        return self.vectors
-
-    def _fits_refiner(self, encoders: Sequence[nn.Module]) -> bool:
-        return len(self.vectors) == 2 and self.widths[1:] == _widths(encoders)
+        raise CheckpointError(
+            f"the embedding '{printable(self.name)}' has width {_described(self.widths)}, "
+            f"the model reads {_described(expected)}; use one made for this model"
+        )
 
 
 def read(path: str | os.PathLike[str]) -> Embedding:
@@ -81,32 +82,39 @@ def read(path: str | os.PathLike[str]) -> Embedding:
     path = Path(path)
     tree = read_tree(path)
     try:
-        return Embedding(path.stem, _checked(_tensors(tree)))
+        return Embedding(path, _checked(_tensors(tree)))
     except CheckpointError as error:
         raise CheckpointError(printable(f"{printable(path.name)}: {error}", 200)) from None
 
 
-def find(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """The files of a folder and of those below it that may be embeddings, by name; none of them is read.
+def load_folder(folder: Path, encoders: Sequence[nn.Module], text: str) -> dict[str, Embedding]:
+    """The embeddings of a folder, and of those below it, that `text` may name, by name.
 
-    Of several with one name the first counts, those of the folder itself before those below. Links that
-    lead out of the folder are left out.
+    Only files whose names occur in it are read; capitals, white space and backslashes do not count, as the
+    tokenizer and the prompt language drop them.
+
+    A prompt may hold the name of an embedding that does not fit the model's text encoders, or of a damaged
+    file: then it is a word like any other, as in the web UI, and the log tells. Of several files with one
+    name the first counts, those of the folder itself before those below.
     """
-    found: dict[str, Path] = {}
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        for file in sorted(files):
-            path = Path(place, file)
-            if path.suffix.lower() in SUFFIXES and _is_inside(folder, path):
-                found.setdefault(path.stem, path)
+    text = _squeezed(text)
+    found: dict[str, Embedding] = {}
+    for place, path in sorted(files(folder).items(), key=lambda item: (item[0].count("/"), item[0])):
+        name = place.rpartition("/")[2]  # `path` may be what a link leads to
+        if _squeezed(name) not in text:
+            continue
+        try:
+            embedding = read(path)
+            embedding.fitted(encoders)
+        except CheckpointError as error:
+            logger.info("left out: %s", error)
+        else:
+            found.setdefault(name, embedding)
     return found
 
 
-def _is_inside(folder: str | os.PathLike[str], path: Path) -> bool:
-    try:
-        return inside(folder, str(path.relative_to(folder))).is_file()
-    except LdmError:
-        return False
+def _squeezed(text: str) -> str:
+    return "".join(text.lower().replace("\\", "").split())
 
 
 def _tensors(tree: object) -> list[Tensor]:
@@ -149,10 +157,6 @@ def _checked(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not all(torch.isfinite(v).all() for v in vectors):
         raise CheckpointError("its vectors hold NaN or infinity; the training failed, do not use it")
     return vectors
-
-
-def _widths(encoders: Sequence[nn.Module]) -> tuple[int, ...]:
-    return tuple(e.config.width for e in encoders if isinstance(e, ClipTextModel))
 
 
 def _described(widths: tuple[int, ...]) -> str:

@@ -333,3 +333,5 @@ def test_a_network_that_is_no_unet_is_refused(tmp_path: Path):
     model = replace(models(), denoiser=replace(models().denoiser, network=lambda *args: args[0]))
     with pytest.raises(LdmError), applied(model, [(tmp_path / "style.pt", 1.0)]):
         pass
+    with applied(model, []):
+        pass

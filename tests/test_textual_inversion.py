@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm.errors import CheckpointError
 from ldm.formats import read_tree
 from ldm.text.clip import ClipTextConfig, ClipTextModel, Inserted
-from ldm.textual_inversion import Embedding, find, read
+from ldm.textual_inversion import Embedding, load_folder, read
 from tests.golden import golden
 
 FILES = {  # in the order of "read_back_by_a1111"
@@ -126,9 +126,9 @@ def test_a_damaged_file_is_refused_at_every_length(tmp_path: Path):
 
 
 def test_an_embedding_of_another_family_is_refused_by_its_width():
-    sd2 = Embedding("style", (torch.ones(2, 1024),))
-    sd1 = Embedding("style", (torch.ones(2, 768),))
-    sdxl = Embedding("style", (torch.ones(2, 768), torch.ones(2, 1280)))
+    sd2 = Embedding(Path("style.pt"), (torch.ones(2, 1024),))
+    sd1 = Embedding(Path("style.pt"), (torch.ones(2, 768),))
+    sdxl = Embedding(Path("style.pt"), (torch.ones(2, 768), torch.ones(2, 1280)))
     clip_l, clip_h, clip_g = encoder(768), encoder(1024), encoder(1280)
     cases = [
         (sd2, [clip_l], r"1024 \(Stable Diffusion 2\), the model reads 768 \(Stable Diffusion 1\)"),
@@ -139,33 +139,35 @@ def test_an_embedding_of_another_family_is_refused_by_its_width():
         (sd1, [nn.Embedding(10, 768)], "reads no embeddings"),
     ]
     for embedding, encoders, says in cases:
-        assert not embedding.fits(encoders)
         with pytest.raises(CheckpointError, match=says):
             embedding.fitted(encoders)
-    assert sd1.fits([clip_l])
     assert sd1.fitted([clip_l]) == sd1.vectors
     assert sdxl.fitted([clip_l, clip_g]) == sdxl.vectors
-    assert sdxl.fits([clip_g])  # the refiner of SDXL
-    assert sdxl.fitted([clip_g]) == sdxl.vectors[1:]
+    assert sdxl.fitted([clip_g]) == sdxl.vectors[1:]  # the refiner of SDXL
 
 
-def test_a_folder_gives_its_files_by_name_and_nothing_from_outside(tmp_path: Path):
+def test_a_folder_gives_what_fits_by_name_and_nothing_from_outside(tmp_path: Path):
+    def write(name: str, vectors: int, width: int = 768) -> None:
+        save_file({"emb_params": torch.ones(vectors, width)}, tmp_path / name)
+
     folder = tmp_path / "embeddings"
-    (folder / "a_sub").mkdir(parents=True)
-    for name in ("style.pt", "a_sub/style.pt", "a_sub/Other One.SAFETENSORS", "notes.txt", "x.bin"):
-        (folder / name).touch()
-    (tmp_path / "secret.pt").touch()
-    (folder / "linked.pt").symlink_to(tmp_path / "secret.pt")
-    (folder / "inner.pt").symlink_to(folder / "x.bin")
-    (folder / "gone.pt").symlink_to(folder / "nowhere.pt")
-    (folder / "loop").symlink_to(folder)
-    assert find(folder) == {
-        "style": folder / "style.pt",
-        "Other One": folder / "a_sub" / "Other One.SAFETENSORS",
-        "x": folder / "x.bin",
-        "inner": folder / "inner.pt",
-    }
-    assert find(tmp_path / "nowhere") == {}
+    (folder / "a").mkdir(parents=True)
+    write("embeddings/style.safetensors", 1)
+    write("embeddings/a/style.safetensors", 2)
+    write("embeddings/a/Other One.safetensors", 3)
+    write("embeddings/sd2.safetensors", 4, 1024)
+    write("embeddings/long.safetensors", 76)
+    write("embeddings/not named.safetensors", 1)
+    write("secret.safetensors", 5)
+    (folder / "damaged.pt").write_bytes(b"PK\3\4")
+    (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    (folder / "inner.safetensors").symlink_to(folder / "a" / "Other One.safetensors")
+    text = "In STYLE other\\  one, inner; sd2 long damaged link"
+    found = load_folder(folder, [encoder(768)], text)
+    counts = {name: len(embedding) for name, embedding in found.items()}
+    assert counts == {"style": 1, "Other One": 3, "inner": 3}
+    assert list(load_folder(folder, [encoder(1024)], text)) == ["sd2"]
+    assert load_folder(tmp_path / "nowhere", [encoder(768)], text) == {}
 
 
 def test_inserted_vectors_act_as_new_words_of_the_table():
