@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ldm.errors import PromptError
+from ldm.formats.mapped import printable
 
 CHUNK = 75  # tokens between START and END
 BACKTRACK = 20  # how far a chunk is cut back to end in a comma (the web UI's setting)
@@ -100,7 +101,9 @@ def chunks(
                 continue
             name, count, taken = found
             if count > length:
-                raise PromptError(f"embedding {name!r} has {count} vectors; this text encoder takes {length}")
+                raise PromptError(
+                    f"the embedding '{printable(name)}' has {count} vectors; this text encoder takes {length}"
+                )
             if len(ids) + count > length:
                 close(len(ids))
             places.append((len(ids), name))

@@ -23,6 +23,7 @@ from operator import itemgetter, mul
 
 from ldm.compat import Emphasis
 from ldm.errors import PromptError
+from ldm.formats.mapped import printable
 
 MARKS = ("(", ")", "[", "]", ":", "|", "\\", "<", "AND", "BREAK")
 LIMIT = 50_000  # of these in one prompt; if there are more, all is plain text, see `too_many`
@@ -64,15 +65,19 @@ class Tag:
         given: dict[str, str] = {**dict(zip(("te", "unet"), self.args[1:], strict=False)), **self.named}
         unknown = [*self.args[3:], *(name for name in self.named if name not in ("te", "unet"))]
         if unknown:
-            raise PromptError(f"{self}: cannot use {unknown[0]!r}; expected <{self.kind}:name:te:unet>")
+            raise PromptError(
+                f"{self}: cannot use '{printable(unknown[0], 20)}'; "
+                "expected <lora:name:strength for the text encoder:strength for the UNet>"
+            )
         te = _number(given.get("te", "1"))
         unet = te if "unet" not in given else _number(given["unet"])
         if te is None or unet is None:
-            raise PromptError(f"{self}: the strengths must be numbers, such as <{self.kind}:{self.name}:0.8>")
+            raise PromptError(f"{self}: the strengths must be numbers, such as <lora:name:0.8:0.5>")
         return te, unet
 
     def __str__(self) -> str:
-        return f"<{':'.join([self.kind, *self.args, *(f'{k}={v}' for k, v in self.named.items())])}>"
+        arguments = [*self.args, *(f"{name}={value}" for name, value in self.named.items())]
+        return printable(f"<{':'.join([self.kind, *arguments])}>")
 
 
 def tags(text: str) -> tuple[str, list[Tag]]:
@@ -113,8 +118,8 @@ def compose(text: str) -> list[tuple[str, float]]:
     prompts = []
     for part in [text] if too_many(text) else _AND.split(text):
         part = part.rstrip()
-        before, _, after = part.rpartition(":")
-        weight = _number(after) if _COMPOSE_WEIGHT.fullmatch(after.lstrip()) else None
+        before, colon, after = part.rpartition(":")
+        weight = _number(after) if colon and _COMPOSE_WEIGHT.fullmatch(after.lstrip()) else None
         prompts.append((part, 1.0) if weight is None else (before.rstrip(), weight))
     return prompts
 
@@ -208,12 +213,12 @@ def _weights(count: int, spans: list[tuple[int, int, float]]) -> list[float]:
 
 
 def _number(text: str) -> float | None:
-    """A finite number, or None."""
+    """The number that is written there, if it is a finite one."""
     try:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return _bounded(value) if math.isfinite(value) else None
 
 
 def _bounded(weight: float) -> float:
