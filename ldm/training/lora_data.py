@@ -14,6 +14,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -139,15 +140,19 @@ def _caption(file: Path, otherwise: str) -> str:
 
 def _size(path: Path) -> Size:
     """Of the picture as it is shown. Cameras store some lying on their side, with a note (EXIF)."""
-    with _readable(path) as image:
+    with _opened(path) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)
 
 
-def _readable(path: Path) -> Image.Image:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture, for a block of reading. Raises LdmError if it cannot be read."""
     try:
-        return Image.open(path)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        with Image.open(path) as image:
+            yield image
+    # Pillow raises all of them for damaged files.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise LdmError(f"{path} is not a picture that can be read: {error}") from None
 
 
@@ -199,13 +204,8 @@ def placed(size: Size, bucket: Size) -> tuple[Size, Size]:
 def pixels(example: Example, bucket: Size) -> Tensor:
     """The picture at the size of its bucket, transparent parts on white. (1, 3, H, W) in [-1, 1]."""
     scaled, (left, top) = placed(example.size, bucket)
-    try:
-        with _readable(example.path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for damaged files
-        if isinstance(error, LdmError):
-            raise
-        raise LdmError(f"{example.path} is damaged: {error}") from None
+    with _opened(example.path) as image:
+        image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = image.resize(scaled, Image.Resampling.LANCZOS)
     image = image.crop((left, top, left + bucket[0], top + bucket[1]))
