@@ -126,8 +126,7 @@ def train(a: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     import ldm
-    from ldm import cli
-    from ldm.images import save_png
+    from ldm import cli, images
     from ldm.training.loop import rank_and_world
     from ldm.training.lora import LoraConfig, Snapshot, check_trainable, steps_per_epoch, train_lora
     from ldm.training.lora_data import DataConfig, load_dataset
@@ -179,7 +178,7 @@ def train(a: argparse.Namespace) -> int:
                 image = ldm.txt2img(models, ldm.Request(prompt=prompt, seed=config.seed))[0]
                 path = folder / "samples" / f"{snapshot.epoch:06d}-{i}.png"
                 path.parent.mkdir(exist_ok=True)
-                save_png(image, path, overwrite=True)
+                images.save(image, path, overwrite=True)
 
     finished = train_lora(
         models, data, network, config, folder, seconds=a.minutes * 60, after_epoch=after_epoch
