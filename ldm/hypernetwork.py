@@ -169,14 +169,16 @@ def _pairs(tree: object) -> dict[int, Pair]:
     widths = [width for width in tree if type(width) is int] if isinstance(tree, Mapping) else []
     if not isinstance(tree, Mapping) or not widths:
         raise CheckpointError("it has no networks by width; it is no hypernetwork of the web UI")
-    activation = tree.get("activation_func") or "linear"
+    activation = tree.get("activation_func")
+    if activation is None:
+        activation = "linear"
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise CheckpointError(
             f"its activation function '{printable(str(activation), 30)}' is not one that ldm knows; "
             "use another hypernetwork"
         )
     # Files from before this option activate the output, too; those of NovelAI have no activation at all.
-    activate_output = bool(tree.get("activate_output", True))
+    activate_output = tree.get("activate_output", True) is True
     pairs: dict[int, Pair] = {}
     for width in widths:
         match tree[width]:

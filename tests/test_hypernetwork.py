@@ -315,6 +315,8 @@ def linear(width: int, **other: Tensor) -> dict[str, Tensor]:
         ({8: (linear(8), {1: 2})}, "unknown weight '1'"),
         ({8: (linear(8), linear(8)), "activation_func": "prelu"}, "activation function 'prelu'"),
         ({8: (linear(8), linear(8)), "activation_func": ["x\n"]}, "activation function"),
+        ({8: (linear(8), linear(8)), "activation_func": torch.ones(3)}, "activation function"),
+        ({8: (linear(8), 0), "activate_output": torch.ones(3)}, "no pair"),
     ],
 )
 def test_what_is_no_hypernetwork_is_refused_in_one_line(tmp_path: Path, content: object, says: str):
