@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ldm.errors import LdmError, RequestError
 from ldm.files import remove_unfinished
-from ldm.images import save_numbered, save_png
+from ldm.images import ENDINGS, save, save_numbered
 from ldm.interrupts import patient
 from ldm.models import Models
 from ldm.pipeline import pictures, plan, sample
@@ -32,15 +32,15 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True)
 class Output:
-    """Where pictures go: a folder, in which they are numbered, or the .png file of a single one."""
+    """Where pictures go: a folder, in which they are numbered, or the file of a single one."""
 
     path: Path
     overwrite: bool = False  # whether a file may be replaced; in a folder, nothing ever is
 
     def prepare(self, pictures: int) -> None:
         """Make the folder. Raises RequestError if that many pictures cannot be saved."""
-        if self.path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif"):
-            raise RequestError(f"pictures are saved as .png, not as {self.path.suffix}")
+        if self.path.suffix.lower() in (".gif", ".bmp", ".tif", ".tiff", ".avif"):
+            raise RequestError(f"pictures are saved as {', '.join(ENDINGS)}, not as {self.path.suffix}")
         if self._is_file and pictures > 1:
             raise RequestError(f"{self.path} is one file for {pictures} pictures; give a folder")
         if self._is_file and self.path.exists() and not self.overwrite:
@@ -58,7 +58,7 @@ class Output:
         """Save a picture and print its path. name: what follows the number in a folder."""
         path = self.path
         if self._is_file:
-            save_png(image, path, overwrite=self.overwrite)
+            save(image, path, overwrite=self.overwrite)
         else:
             path = save_numbered(image, path, name)
         tqdm.write(str(path))  # on stdout, without tearing the progress bar
@@ -66,7 +66,7 @@ class Output:
 
     @property
     def _is_file(self) -> bool:
-        return self.path.suffix.lower() == ".png"
+        return self.path.suffix.lower() in ENDINGS
 
 
 def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Request], None]) -> Exit:

@@ -69,7 +69,7 @@ def text(path: Path) -> str:
         (["--vae", "none.pt"], "there is no file none.pt"),
         (["--from-file", "none.txt"], "give one prompt"),
         (["--prompt", "another"], "give one prompt"),
-        (["--out", "x.jpg"], "saved as .png"),
+        (["--out", "x.gif"], "saved as .png"),
         (["--out", "x.png", "--n-iter", "2"], "one file for 2 pictures"),
         (["--out", "/dev/null/x"], "cannot make the folder"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
