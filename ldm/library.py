@@ -21,9 +21,9 @@ ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")  # of two files that differ i
 class Library:
     """Folders to look names up in; None: there are none of the kind.
 
-    Each method takes the name of a file without its ending, with its subfolders ("people/ann") or, if there is
-    only one such file, without ("ann"). It returns the file's path, and raises LdmError for a name that is
-    unknown (telling those that are similar), not unique, or leads out of the folder.
+    Each method takes the name of a file without its ending, with its subfolders ("people/ann") or, if there
+    is only one such file, without ("ann"). It returns the file's path, and raises LdmError for a name that
+    is unknown (telling those that are similar), not unique, or leads out of the folder.
     """
 
     loras: Path | None = None
@@ -86,7 +86,8 @@ def _find(
     if len(found) > 1:
         raise LdmError(f"there are {len(found)} {what} files '{shown}'; write one of {_listed(found)}")
     if not found:
-        near = get_close_matches(wanted, known, n=3, cutoff=0.5)
+        stems = {key.rsplit("/", 1)[-1]: key for key in known}
+        near = [stems[stem] for stem in get_close_matches(plain.rsplit("/", 1)[-1], stems, cutoff=0.5)]
         hint = f"did you mean {_listed(near)}?" if near else f"it has {_listed(list(known)) or 'none'}"
         raise LdmError(f"there is no {what} '{shown}' in {folder}; {hint}")
     return known[found[0]]

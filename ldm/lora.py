@@ -29,7 +29,7 @@ from ldm.models import Models
 
 # How files end the name of a module's tensor, and what `lora_deltas` calls it (None: just that).
 _ENDINGS = tuple(
-    (re.compile(ending + "$"), name)
+    (re.compile(f"(?:{ending})$"), name)
     for ending, name in (
         (r"[._]lora(_up|\.up|_linear_layer\.up|_B(\.\w+)?)\.weight", "up"),
         (r"[._]lora(_down|\.down|_linear_layer\.down|_A(\.\w+)?)\.weight", "down"),
@@ -110,7 +110,7 @@ def read(path: str | os.PathLike[str]) -> LoraFile:
 
 
 def _split(key: str) -> tuple[str, str] | None:
-    """The name of a tensor -> its module as the file calls it, and what it is there; None: of no known kind."""
+    """The name of a tensor -> its module as the file calls it, and its name there; None: of no known kind."""
     for ending, name in _ENDINGS:
         if (match := ending.search(key)) and match.start():
             return key[: match.start()], name or match[1]

@@ -55,7 +55,9 @@ class Delta(ABC):
         """Raise CheckpointError if this does not fit a weight of `shape`. Computes nothing."""
         try:
             result = self.to("meta").change(torch.empty(shape, device="meta")).shape
-        except (RuntimeError, IndexError) as error:
+        except CheckpointError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:  # what torch says of shapes
             raise CheckpointError(f"it does not fit a weight of shape {tuple(shape)}") from error
         if result != shape:
             raise CheckpointError(f"it has shape {tuple(result)}, the weight {tuple(shape)}")
