@@ -69,9 +69,7 @@ def plan(models: Models, request: Request) -> Plan:
             f"{models.name} holds no text encoder; load a whole checkpoint and put this UNet into it: "
             "dataclasses.replace(whole, denoiser=models.denoiser)"
         )
-    sampler, spacing = parse(request.sampler or family.sampler)
-    if request.schedule is not None:
-        spacing = schedules.spacing_name(request.schedule)
+    sampler, spacing = parse(request.sampler or family.sampler, request.schedule)
     spacing = family.spacings.get(spacing, spacing)
     sampler.check_options(request.sampler_options())
     steps = request.steps or family.steps

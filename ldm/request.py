@@ -26,7 +26,7 @@ class Request:
     cfg_scale: float | None = None  # strength of guidance; 1 switches it off
     cfg_rescale: float = 0.0  # 0 to 1, see ldm.guidance.rescaled
     sampler: str | None = None  # "DPM++ 2M", "DPM++ 2M Karras", "Euler a", ...
-    schedule: str | None = None  # "karras", "exponential", ...; overrules the one in the sampler's name
+    schedule: str | None = None  # "karras", "exponential", ..., "automatic"; overrules the sampler's name
     clip_skip: int | None = None  # 1: the last layer of the text encoder, 2: the one before, ...
 
     # Options of samplers (those that have them) and of schedules.
@@ -69,6 +69,13 @@ class Request:
         _check("ensd", self.ensd, -MAX_SEED, MAX_SEED)
         for name in ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "sigma_min", "sigma_max", "rho"):
             _check(name, getattr(self, name), 0, 1_000_000)
+        for name in ("sigma_min", "sigma_max", "rho"):
+            if getattr(self, name) == 0:
+                raise RequestError(f"{name} must be above 0; leave it out for the usual value")
+        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
+            raise RequestError(
+                f"need 0 < sigma_min < sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}"
+            )
 
     def single(self, i: int) -> "Request":
         """The request that makes picture i of the batch by itself: a later seed.

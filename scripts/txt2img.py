@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag a
     from ldm import Request
 
 MAX_GRID = 100  # pictures on one sheet
+LAION400M = Path("models/ldm/text2img-large/model.ckpt")  # where the original script looks for it
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,7 +116,8 @@ def parser() -> Parser:
         "--fixed-code", action="store_true", help="start each prompt and batch from the same noise"
     )
     old.add_argument("--precision", choices=("full", "autocast"), help="full: --dtype float32")
-    old.add_argument("--n-rows", type=int, help="ignored")
+    old.add_argument("--n-rows", type=int, metavar="N", help="pictures in a row of the sheet")
+    old.add_argument("--laion400m", action="store_true", help=f"--ckpt {LAION400M}, if none is named")
     old.add_argument("--config", help="ignored, as the weights tell it")
     old.add_argument("--C", type=int, help="ignored, as the weights tell it")
     old.add_argument("--f", type=int, help="ignored, as the weights tell it")
@@ -148,7 +150,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     a.eta = (a.ddim_eta or None) if a.eta is None else a.eta
     if a.precision == "full":
         a.dtype = a.dtype or "float32"
-    ignored = [f"--{name}" for name in ("n_rows", "config", "C", "f") if getattr(a, name) is not None]
+    if a.laion400m:
+        a.ckpt = a.ckpt or LAION400M
+    ignored = [f"--{name}" for name in ("config", "C", "f") if getattr(a, name) is not None]
     if ignored:
         print(f"txt2img: ignoring {', '.join(ignored)}", file=sys.stderr)
     return a
@@ -158,10 +162,10 @@ def requests(a: argparse.Namespace) -> list[Request]:
     """One request for each batch. Raises LdmError if a value makes no sense for any model."""
     from ldm import Request, RequestError
     from ldm.samplers import parse as parse_sampler
-    from ldm.schedules import spacing_name
 
-    if a.n_iter < 1:
-        raise RequestError(f"--n-iter must be at least 1, got {a.n_iter}")
+    for name, value in (("--n-iter", a.n_iter), ("--n-rows", a.n_rows)):
+        if value is not None and value < 1:
+            raise RequestError(f"{name} must be at least 1, got {value}")
     for name, value in (("width", a.width), ("height", a.height)):
         if value is not None and value % 8:
             near = max(8, round(value / 8) * 8)
@@ -188,10 +192,10 @@ def requests(a: argparse.Namespace) -> list[Request]:
         sigma_max=a.sigma_max,
         rho=a.rho,
     )
+    # Where the model chooses the sampler, any will do to read the name of the schedule.
+    sampler, _ = parse_sampler(a.sampler or "Euler", a.schedule)
     if a.sampler is not None:
-        parse_sampler(a.sampler)[0].check_options(first.sampler_options())
-    if a.schedule is not None:
-        spacing_name(a.schedule)
+        sampler.check_options(first.sampler_options())
 
     prompts = [a.prompt] if a.from_file is None else read_prompts(a.from_file)
     batches = [prompt for prompt in prompts for _ in range(a.n_iter)]
@@ -246,7 +250,7 @@ def draw(a: argparse.Namespace) -> int:
 
     code = cli.draw(models, todo, save)
     if sheet and code is not cli.Exit.STOPPED:
-        output.save(grid(sheet), "grid")
+        output.save(grid(sheet, a.n_rows), "grid")
     return code
 
 

@@ -63,6 +63,10 @@ def text(path: Path) -> str:
         (["--n-iter", "0"], "--n-iter must be at least 1"),
         (["--sampler", "DPM++ 2N"], "did you mean DPM++ 2M"),
         (["--sampler", "LMS", "--eta", "1"], "has no option 'eta'"),
+        (["--sampler", "UniPC", "--order", "4"], "the order of UniPC must be one of 1, 2, 3, got 4"),
+        (["--sigma-min", "5", "--sigma-max", "3"], "need 0 < sigma_min < sigma_max, got 5 and 3"),
+        (["--rho", "0"], "rho must be above 0"),
+        (["--n-rows", "0"], "--n-rows must be at least 1"),
         (["--schedule", "caras"], "did you mean 'karras'"),
         (["--eta", "-1"], "eta must be"),
         (["--device", "abacus"], "unknown device 'abacus'"),
@@ -153,6 +157,20 @@ def test_the_same_command_draws_the_same_picture_whatever_the_batch(draw, tmp_pa
         assert max(abs(a - b) for a, b in zip(pixels(one), pixels(other), strict=True)) <= 1
 
 
+def test_rows_of_the_sheet_are_as_long_as_asked_for(draw, tmp_path: Path):
+    assert draw("a cat", "--n_samples", "3", "--n_rows", "3", "--skip_save") == 0
+    [sheet] = (tmp_path / "out").iterdir()
+    assert Image.open(sheet).size == (192, 64)
+
+
+def test_the_flag_of_the_first_model_looks_where_the_original_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["a cat", "--laion400m"]) == 2
+    assert capsys.readouterr().err == "txt2img: there is no file models/ldm/text2img-large/model.ckpt\n"
+
+
 def test_one_picture_goes_to_the_named_file(draw, tmp_path: Path):
     path = tmp_path / "sub" / "cat.png"
     assert draw("a cat", "--out", str(path)) == 0
@@ -188,6 +206,8 @@ def test_prompts_come_from_a_file(draw, tmp_path: Path):
         (["--dpm_solver", "--scale", "5"], "Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 5,"),
         (["--H", "32", "--W", "128"], "Size: 128x32"),
         (["--n_samples", "1", "--n_iter", "1", "--n_rows", "2", "--skip_grid"], "Seed: 42"),
+        (["--schedule", "Automatic", "--sampler", "Euler Karras"], "Schedule type: Uniform"),
+        (["--laion400m"], "Seed: 42"),
         (["--precision", "full", "--C", "4", "--f", "8", "--config", "v1-inference.yaml"], "Seed: 42"),
     ],
 )

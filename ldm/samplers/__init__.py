@@ -6,7 +6,7 @@ update. It works on x = picture + sigma * noise and knows nothing of networks, p
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -20,7 +20,7 @@ from ldm.errors import SamplerError
 from ldm.noise import Noise
 from ldm.samplers import ddim, dpm2, dpm_solver, dpmpp, euler, heun, lcm, multistep, restart, unipc
 from ldm.samplers.step import Step
-from ldm.spacings import PLAIN_NAMES, plain
+from ldm.spacings import PLAIN_NAMES, plain, spacing_name
 
 __all__ = ["SAMPLERS", "Sampler", "Step", "parse"]
 
@@ -33,6 +33,7 @@ class Sampler:
     function: Callable[..., Iterator[Step]]
     spacing: str = "uniform"  # of `ldm.spacings.SPACINGS`, when the user names none
     evaluations: int = 1  # of the network per step; a first or last step may differ
+    orders: tuple[int, ...] = ()  # what its option `order` may be
     brownian: bool = False  # draws its noise from a `BrownianNoise`
     discard_penultimate: bool = False  # leaves out the last level above 0, see `ldm.schedules.sigmas`
     unit_start: bool = False  # starts from noise of the variance of a noised picture, see `start`
@@ -79,12 +80,15 @@ class Sampler:
         self.check_options(options)
         return self.function(denoise, x, sigmas, noise, **options)
 
-    def check_options(self, names: Iterable[str]) -> None:
-        """Raise SamplerError if the method does not have one of these options."""
-        for name in names:
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise SamplerError if the method does not have one of these options, or not with that order."""
+        for name in options:
             if name not in self.options:
                 known = f"it has {', '.join(self.options)}" if self.options else "it has none"
                 raise SamplerError(f"the sampler {self.name!r} has no option {name!r}; {known}")
+        if "order" in options and options["order"] not in self.orders:
+            orders = ", ".join(map(str, self.orders))
+            raise SamplerError(f"the order of {self.name} must be one of {orders}, got {options['order']}")
 
 
 _SAMPLERS = (
@@ -98,7 +102,7 @@ _SAMPLERS = (
     Sampler("DPM++ 3M SDE", dpmpp.dpmpp_3m_sde, "exponential", brownian=True, discard_penultimate=True),
     Sampler("Euler a", euler.euler_ancestral, aliases=("euler_ancestral",)),
     Sampler("Euler", euler.euler),
-    Sampler("LMS", multistep.lms),
+    Sampler("LMS", multistep.lms, orders=(1, 2, 3, 4)),
     Sampler("Heun", heun.heun, evaluations=2),
     Sampler("DPM2", dpm2.dpm_2, "karras", evaluations=2, discard_penultimate=True),
     Sampler(
@@ -111,15 +115,28 @@ _SAMPLERS = (
     ),
     # The web UI runs these two with eta 1, the papers and k-diffusion with 0.
     Sampler("DPM fast", partial(dpm_solver.dpm_fast, eta=1.0)),
-    Sampler("DPM adaptive", partial(dpm_solver.dpm_adaptive, eta=1.0), evaluations=3, aliases=("dpm_ad",)),
+    Sampler(
+        "DPM adaptive",
+        partial(dpm_solver.dpm_adaptive, eta=1.0),
+        evaluations=3,
+        orders=(2, 3),
+        aliases=("dpm_ad",),
+    ),
     Sampler("Restart", restart.restart, "karras", evaluations=2),
     Sampler("DDIM", ddim.ddim, "ddim_uniform", unit_start=True),
     Sampler("DDPM", ddim.ddpm, unit_start=True),
     Sampler("PLMS", multistep.plms, "ddim_uniform", unit_start=True, aliases=("pndm",)),
-    Sampler("UniPC", unipc.unipc, "sgm_uniform", unit_start=True, aliases=("uni_pc",)),
-    Sampler("DEIS", multistep.deis, "karras"),
-    Sampler("IPNDM", multistep.ipndm),
-    Sampler("IPNDM V", multistep.ipndm_v),
+    Sampler("UniPC", unipc.unipc, "sgm_uniform", orders=(1, 2, 3), unit_start=True),
+    Sampler(
+        "UniPC BH2",
+        partial(unipc.unipc, variant="bh2"),
+        "sgm_uniform",
+        orders=(1, 2, 3),
+        unit_start=True,
+    ),
+    Sampler("DEIS", multistep.deis, "karras", orders=(1, 2, 3, 4)),
+    Sampler("IPNDM", multistep.ipndm, orders=(1, 2, 3, 4)),
+    Sampler("IPNDM V", multistep.ipndm_v, orders=(1, 2, 3, 4)),
     Sampler("HeunPP2", heun.heunpp2, evaluations=3),
     Sampler("LCM", lcm.lcm, "turbo"),
 )
@@ -127,12 +144,16 @@ _SAMPLERS = (
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _SAMPLERS}
 
 
-def parse(name: str) -> tuple[Sampler, str]:
+def parse(name: str, schedule: str | None = None) -> tuple[Sampler, str]:
     """A sampler and a spacing from a name such as "DPM++ 2M Karras", "euler_ancestral" or "k_dpm_2_a".
 
     Capitals, spaces, hyphens and underscores do not matter. Where the name holds no spacing, it is the
-    sampler's own. Raises SamplerError with suggestions if the name is unknown.
+    sampler's own. schedule: takes the place of what the name says; "automatic" is the sampler's own.
+    Raises SamplerError with suggestions if a name is unknown.
     """
+    if schedule is not None:
+        sampler = parse(name)[0]
+        return sampler, sampler.spacing if plain(schedule) == AUTOMATIC else spacing_name(schedule)
     bare = _plain(name)
     for suffix, spacing in (("", ""), *_SUFFIXES):
         sampler = _BY_PLAIN_NAME.get(bare.removesuffix(suffix))
@@ -151,5 +172,6 @@ def _plain(name: str) -> str:
 
 
 _BY_PLAIN_NAME = {_plain(name): s for s in SAMPLERS.values() for name in (s.name, *s.aliases)}
+AUTOMATIC = "automatic"  # the web UI's word for a sampler's own schedule
 # The longest first, as "SGM Uniform" ends in "Uniform".
-_SUFFIXES = sorted([*PLAIN_NAMES.items(), ("automatic", "")], key=lambda item: -len(item[0]))
+_SUFFIXES = sorted([*PLAIN_NAMES.items(), (AUTOMATIC, "")], key=lambda item: -len(item[0]))

@@ -80,8 +80,6 @@ def dpm_adaptive(
     order: 2 or 3. rtol, atol: relative and absolute tolerance. h_init: the first step in lambda.
     pcoeff, icoeff, dcoeff, accept_safety: of the controller, see `StepLength`.
     """
-    if order not in (2, 3):
-        raise SamplerError(f"the order of DPM adaptive must be 2 or 3, got {order}")
     end = sigmas[-2] if len(sigmas) > 2 else sigmas[0] / ONE_STEP_RANGE
     x, denoised = x.clone(), x.clone()
     draws: list[Tensor] = []

@@ -38,8 +38,6 @@ def unipc(
     """
     if variant not in ("bh1", "bh2", "vary_coeff"):
         raise SamplerError(f"variant must be 'bh1', 'bh2' or 'vary_coeff', got {variant!r}")
-    if order not in (1, 2, 3):
-        raise SamplerError(f"the order of UniPC must be 1, 2 or 3, got {order}")
     steps = len(sigmas) - 1
     denoised = denoise(x, sigmas[0])
     past: list[tuple[float, Tensor]] = []  # (level, prediction), newest first

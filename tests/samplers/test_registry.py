@@ -166,6 +166,7 @@ def test_exactly_n_steps_for_every_n(name: str, options: dict[str, int], counts:
         ("DDIM", "DDIM", "ddim_uniform"),
         ("DDIM Uniform", "DDIM", "uniform"),
         ("UniPC trailing", "UniPC", "turbo"),
+        ("uni_pc_bh2", "UniPC BH2", "sgm_uniform"),
         # k-diffusion's names, and the web UI's older keys
         ("dpmpp_2m", "DPM++ 2M", "karras"),
         ("sample_dpmpp_3m_sde", "DPM++ 3M SDE", "exponential"),
@@ -178,6 +179,13 @@ def test_exactly_n_steps_for_every_n(name: str, options: dict[str, int], counts:
 )
 def test_names_are_understood(name: str, sampler: str, spacing: str):
     assert parse(name) == (SAMPLERS[sampler], spacing)
+
+
+def test_a_schedule_takes_the_place_of_the_one_in_the_name():
+    assert parse("DPM++ 2M Karras", "SGM Uniform") == (SAMPLERS["DPM++ 2M"], "sgm_uniform")
+    assert parse("Euler Karras", "Automatic") == (SAMPLERS["Euler"], "uniform")
+    with pytest.raises(SamplerError, match="unknown spacing 'caras'"):
+        parse("Euler", "caras")
 
 
 def test_every_name_with_every_spacing_is_understood():
