@@ -1,25 +1,43 @@
-"""From decoded pixels to picture files that say how they were made, in the text of `ldm.infotext`."""
+"""From decoded pixels to picture files that say how they were made, and that text back from any file."""
 
 import io
+import json
 import math
 import os
 import re
-from collections.abc import Sequence
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.files import atomic_write
+from ldm.formats.mapped import printable, reason
+from ldm.infotext import quote
+
+ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""The kinds of files that are written, by the ending of their names."""
+
+READABLE = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
+MAX_PIXELS = 64_000_000  # of a picture from outside: a small file may claim to be a huge one
+
+_MAX_SEGMENT = (
+    65_000  # bytes of EXIF data or of a comment in a JPEG, whose segments have 16 bits for their size
+)
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286  # tags of the EXIF standard
 
 
-def to_pil(pixels: Tensor, text: str | None = None) -> Image.Image:
+def to_pil(pixels: Tensor, text: str | None = None, *, truncate: bool = False) -> Image.Image:
     """Turn decoded pixels (3, H, W) in [-1, 1] into a picture; values beyond are clamped.
 
-    text: the settings, which the picture keeps in `info["parameters"]` and whenever it is saved as PNG.
-    Levels are rounded to the nearest, as diffusers does; the web UI cuts the fraction off.
+    text: the settings, see `with_text`.
+    truncate: cut the fraction of a level off, as the web UI does, instead of rounding to the nearest.
     Raises LdmError if there is a NaN or an infinity: a network failed, and the picture would be black.
     """
     pixels = pixels.detach().float().cpu()
@@ -27,29 +45,155 @@ def to_pil(pixels: Tensor, text: str | None = None) -> Image.Image:
         raise LdmError(
             "the picture came out as NaN or infinity; load the model with dtype float32 (or bfloat16)"
         )
-    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    levels = (pixels.clamp(-1, 1) + 1) * 127.5
+    levels = (levels if truncate else levels.round()).to(torch.uint8)
     image = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())  # (H, W, 3)
     return image if text is None else with_text(image, text)
 
 
 def with_text(image: Image.Image, text: str) -> Image.Image:
-    """Let a picture carry its settings: in `info`, as if read from a file, and into every PNG made of it."""
-    chunks = PngImagePlugin.PngInfo()
+    """Let a picture carry its settings: in `info`, as if read from a file, and into what it is saved to.
+
+    A plain `image.save("x.png")` writes them as a text chunk "parameters", as the web UI does; one to a JPEG
+    or GIF writes a comment. For EXIF data, which more tools read, and for WebP there is `save`. More chunks
+    go into the same record, `image.encoderinfo["pnginfo"].add_text("author", "me")`: beside it, an argument
+    `pnginfo=` of `image.save` has no effect.
+    """
     # Half a surrogate pair, from a badly encoded command line, fits into no file.
-    chunks.add_text("parameters", text.encode("utf-8", "replace").decode())
+    data = text.encode("utf-8", "replace")
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", data.decode())
     image.info["parameters"] = text
     # Pillow writes no text from `info`, but takes the options of `save` from here, too.
-    image.encoderinfo = {"pnginfo": chunks}
+    image.encoderinfo = {"pnginfo": chunks, "comment": data if len(data) <= _MAX_SEGMENT else b""}
     return image
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a PNG file, whole or not at all, with the settings that the picture carries.
+def read_text(picture: str | os.PathLike[str] | Image.Image) -> str:
+    """The settings that a picture carries, whoever wrote them; `ldm.infotext.parse` takes them apart.
 
-    Raises LdmError if `path` exists and `overwrite` is False; OSError if the disk is full or the like.
+    picture: a PNG (text chunks), JPEG, WebP or AVIF (EXIF user comment), GIF or JPEG (comment). What kind it
+        is, its content decides. The text of NovelAI's pictures is put into the layout of the others.
+    Raises LdmError if it is no such file, damaged, too large, or holds no settings.
     """
+    if isinstance(picture, Image.Image):
+        name, text = "the picture", _text(picture)
+    else:
+        name = printable(Path(picture).name)
+        with _opened(Path(picture)) as image:
+            try:
+                text = _text(image)
+                if text is None and image.format == "PNG":
+                    image.load()  # some tools write their text behind the pixels
+                    text = _text(image)
+            except _DAMAGE as error:
+                raise LdmError(f"{name}: the picture is damaged: {reason(error)}") from None
+    if text is None:
+        raise LdmError(f"{name} holds no settings; web sites and editors often remove them")
+    return text
+
+
+# What Pillow raises for the many ways in which a file can be broken.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    name = printable(path.name)
+    if not path.is_file():
+        raise LdmError(f"there is no file {printable(str(path), 150)}")
+    too_large = LdmError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels; it is not read")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damage that does not keep the text from being read
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(path, formats=READABLE)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise too_large from None
+        except UnidentifiedImageError:
+            raise LdmError(f"{name} is no PNG, JPEG, WebP, AVIF or GIF picture, or damaged") from None
+        except _DAMAGE as error:
+            raise LdmError(f"{name} cannot be read: {reason(error)}") from None
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise too_large
+            yield image
+
+
+def _text(image: Image.Image) -> str | None:
+    if image.info.get("Software") == "NovelAI" and (text := _novelai(image)):
+        return text
+    if image.info.get("parameters"):
+        return str(image.info["parameters"])
+    comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    if isinstance(comment, bytes) and (text := _decoded(comment)):
+        return text
+    comment = image.info.get("comment", "")
+    return (comment.decode("utf-8", "replace") if isinstance(comment, bytes) else str(comment)) or None
+
+
+def _decoded(comment: bytes) -> str:
+    """An EXIF user comment: eight letters that name the encoding, and the text.
+
+    "UNICODE" is UTF-16 in an order of bytes that the standard leaves open: the web UI writes the high byte
+    first, others the order of the file. Letters of English have a zero as high byte, which tells them apart;
+    without any zero it is UTF-8 under a wrong name.
+    """
+    code, text = comment[:8], comment[8:]
+    if code == b"UNICODE\0":
+        if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            encoding = "utf-16"
+        elif 0 not in text:
+            encoding = "utf-8"
+        else:
+            encoding = "utf-16-be" if text[::2].count(0) >= text[1::2].count(0) else "utf-16-le"
+        return text.decode(encoding, "replace").strip("\0")
+    named = code in (b"ASCII\0\0\0", bytes(8))
+    return (text if named else comment).decode("utf-8", "replace").strip("\0")
+
+
+def _novelai(image: Image.Image) -> str | None:
+    """NovelAI's chunks as a text of settings. Its models were used with clip skip 2 and the ENSD 31337."""
+    try:
+        settings = json.loads(str(image.info.get("Comment", "")))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(settings, dict):
+        return None
+    names = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "scale", "Seed": "seed"}
+    fields = [f"{name}: {quote(str(settings.get(key, '')))}" for name, key in names.items()]
+    fields += [f"Size: {image.width}x{image.height}", "Clip skip: 2", "ENSD: 31337"]
+    prompt, negative = image.info.get("Description", settings.get("prompt", "")), settings.get("uc", "")
+    return f"{prompt}\nNegative prompt: {negative}\n{', '.join(fields)}"
+
+
+def save(
+    image: Image.Image, path: str | os.PathLike[str], *, quality: int = 90, overwrite: bool = False
+) -> None:
+    """Write a picture file, whole or not at all, with the settings that the picture carries.
+
+    path: ending in .png (the pixels as they are), .jpg, .jpeg or .webp (smaller, and not quite the same).
+    quality: of the last three, 1 to 100.
+
+    Raises LdmError if `path` exists and `overwrite` is False, for another ending, or if the settings are too
+    long for a JPEG; OSError if the disk is full or the like.
+    """
+    kind = ENDINGS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise LdmError(f"pictures are saved as {', '.join(ENDINGS)}, not as '{Path(path).suffix}'")
+    data = _encoded(image, kind, quality)
     with atomic_write(path, overwrite=overwrite) as file:
-        file.write(_png(image))
+        file.write(data)
 
 
 def save_numbered(image: Image.Image, folder: str | os.PathLike[str], name: str) -> Path:
@@ -58,7 +202,7 @@ def save_numbered(image: Image.Image, folder: str | os.PathLike[str], name: str)
     The number follows the highest one there, whatever was deleted in between. A file that another process
     makes at the same moment is never replaced: its number is skipped.
     """
-    data = _png(image)
+    data = _encoded(image, "PNG")
     folder = Path(folder)
     taken = (re.match(r"\d{5,}(?=-)", path.name) for path in folder.iterdir())
     number = max((int(match[0]) for match in taken if match), default=-1) + 1
@@ -86,7 +230,16 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     return sheet if text is None else with_text(sheet, text)
 
 
-def _png(image: Image.Image) -> bytes:
+def _encoded(image: Image.Image, kind: str, quality: int = 90) -> bytes:
     data = io.BytesIO()
-    image.save(data, format="PNG")
+    text = image.info.get("parameters")
+    if kind == "PNG" or text is None:
+        image.save(data, format=kind, quality=quality)
+        return data.getvalue()
+    exif = Image.Exif()
+    # The layout of the web UI.
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be", "replace")
+    if kind == "JPEG" and len(exif.tobytes()) > _MAX_SEGMENT:
+        raise LdmError("the settings are too long for a JPEG; save the picture as .png or .webp")
+    image.copy().save(data, format=kind, quality=quality, exif=exif)  # a copy has no options of its own
     return data.getvalue()
