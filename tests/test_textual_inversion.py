@@ -167,6 +167,7 @@ def test_a_folder_gives_what_fits_by_name_and_nothing_from_outside(tmp_path: Pat
     counts = {name: len(embedding) for name, embedding in found.items()}
     assert counts == {"style": 1, "Other One": 3, "inner": 3}
     assert list(load_folder(folder, [encoder(1024)], text)) == ["sd2"]
+    assert load_folder(folder, [encoder(768)], "a red apple") == {}
     assert load_folder(tmp_path / "nowhere", [encoder(768)], text) == {}
 
 
