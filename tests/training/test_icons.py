@@ -29,8 +29,8 @@ APPLE = Icon(
 # The prompts of the evaluation sheet, as the drawings are named.
 SHEET = {
     "red apple", "green apple", "dog face", "cat face", "rocket", "pizza", "house", "umbrella", "octopus",
-    "rose", "automobile", "snowman", "guitar", "slightly smiling face", "grinning face", "crying face", "red heart",
-    "fish", "deciduous tree", "evergreen tree", "birthday cake", "shortcake", "alarm clock",
+    "rose", "automobile", "snowman", "guitar", "slightly smiling face", "grinning face", "crying face",
+    "red heart", "fish", "deciduous tree", "evergreen tree", "birthday cake", "shortcake", "alarm clock",
     "mantelpiece clock", "sun",
 }  # fmt: skip
 
