@@ -15,32 +15,29 @@ number of times, need nothing special.
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from itertools import pairwise
+from typing import NamedTuple
 
 from ldm.text.prompt import too_many
 
-_MARK = re.compile(r"((?:\\.)+|[\[\]():|\\])")
+_MARK = re.compile(r"([\[\]():|\\](?:(?<=\\).)?)")  # with the character behind a backslash
 _WHEN = re.compile(r"\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
+_BARS = re.compile(r"\[\|+\]")
 
 
-class _Edit(NamedTuple):
-    """[before:after:when]"""
+class _Choice(NamedTuple):
+    """An edit or an alternation, as places in a list of tokens."""
 
-    before: "_Parts"
-    after: "_Parts"
-    when: int  # `before` holds up to and with this step, counted from 1
+    options: tuple[tuple[int, int], ...]  # each from its first token up to the one behind its last
+    end: int  # the place behind the closing bracket
+    when: int | None  # edits: the first option holds up to and with this step, counted from 1
 
-
-class _Alternation(NamedTuple):
-    """[a|b|c]"""
-
-    options: "list[_Parts]"
-
-
-_Part: TypeAlias = "str | _Edit | _Alternation | _Parts"
-_Parts: TypeAlias = list[_Part]
+    def at(self, step: int) -> tuple[int, int]:
+        if self.when is None:
+            return self.options[(step - 1) % len(self.options)]
+        return self.options[0] if step <= self.when else self.options[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +45,8 @@ class Schedule:
     """The texts of a run, in segments of steps. Texts are made when asked for: each step may have its own."""
 
     ends: tuple[int, ...]  # the step that each segment ends with, counted from 1; the last is `steps`
-    _parts: _Parts = field(repr=False)
+    _tokens: Sequence[str] = field(repr=False)
+    _choices: Mapping[int, _Choice] = field(repr=False)  # by the place of the opening bracket
 
     def at(self, step: int, *, late: bool = False) -> int:
         """The segment that holds in a step, counted from 0.
@@ -63,19 +61,17 @@ class Schedule:
         """The prompt of a segment, without editing."""
         step = self.ends[segment]
         texts: list[str] = []
-        unread = [iter(self._parts)]  # instead of recursion, as brackets may nest deeply
+        unread = [(0, len(self._tokens))]  # instead of recursion, as brackets may nest deeply
         while unread:
-            part = next(unread[-1], None)
-            if part is None:
-                unread.pop()
-            elif isinstance(part, str):
-                texts.append(part)
-            elif isinstance(part, _Edit):
-                unread.append(iter(part.before if step <= part.when else part.after))
-            elif isinstance(part, _Alternation):
-                unread.append(iter(part.options[(step - 1) % len(part.options)]))
-            else:
-                unread.append(iter(part))
+            place, end = unread.pop()
+            while place < end:
+                choice = self._choices.get(place)
+                if choice is None:
+                    texts.append(self._tokens[place])
+                    place += 1
+                else:
+                    unread.append((choice.end, end))
+                    place, end = choice.at(step)
         return "".join(texts)
 
     def segments(self) -> Iterator[tuple[int, str]]:
@@ -102,105 +98,48 @@ def schedule(text: str, steps: int, *, hires_after: int | None = None, old: bool
         passed = (value - first_share) * steps if share else value - first_step
         return int(max(0, min(steps, passed)))  # no number of steps is too large for this
 
-    parts = _parse(text, last_step)
+    tokens, choices = _parse(text, last_step)
     ends = {steps}
-    for part in _walk(parts):
-        ends.update(range(1, steps + 1) if isinstance(part, _Alternation) else [part.when])
-    return Schedule(tuple(sorted(ends - {0})), parts)
+    for choice in choices.values():
+        ends.update(range(1, steps + 1) if choice.when is None else [choice.when])
+    return Schedule(tuple(sorted(ends - {0})), tokens, choices)
 
 
-class _Malformed(Exception):
-    pass
+def _parse(text: str, last_step: Callable[[str], int]) -> tuple[list[str], dict[int, _Choice]]:
+    """Split at the marks, and find the brackets that make up an edit or an alternation; others are text.
 
-
-class _Bracket(NamedTuple):
-    """A bracket that is not closed yet."""
-
-    mark: str
-    groups: list[_Parts]  # what stands in it, cut at the separators
-    separators: list[str]  # ":" and "|"
-
-
-def _parse(text: str, last_step: Callable[[str], int]) -> _Parts:
-    """Read the brackets that make up an edit or an alternation, and leave all others as text.
-
-    The web UI's grammar, without its ambiguities: brackets nest properly; round ones hold at most one colon;
+    The web UI's grammar without its ambiguities: brackets nest properly; round ones hold at most one colon;
     square ones hold no separator, or one or two colons with a number behind the last, or only bars. A bracket
-    that is not like this is text, and so are those around it. One bar or backslash that is left over makes
-    the whole prompt plain text.
+    that is not like this is no bracket, and neither are those around it. One bar or backslash that is left
+    over makes the whole prompt plain text.
     """
     if "[" not in text or too_many(text):
-        return [text]
-    outside: _Parts = []
-    brackets: list[_Bracket] = []
-
-    def give_up() -> None:
-        """Turn the open brackets into text."""
-        for bracket in brackets:
-            outside.append(bracket.mark)
-            for group, separator in zip(bracket.groups, [*bracket.separators, ""], strict=True):
-                if separator == "|":
-                    raise _Malformed
-                outside.extend((group, separator))
-        brackets.clear()
-
-    def close(mark: str) -> None:
-        if brackets and (part := _closed(brackets[-1], mark, last_step)) is not None:
-            brackets.pop()
-        else:
-            give_up()
-            part = mark
-        (brackets[-1].groups[-1] if brackets else outside).append(part)
-
-    try:
-        for i, piece in enumerate(_MARK.split(text)):
-            here = brackets[-1].groups[-1] if brackets else outside
-            if i % 2 == 0 or len(piece) > 1:  # between the marks, or escaped characters
-                here.append(piece)
-            elif piece in "([":
-                brackets.append(_Bracket(piece, [[]], []))
-            elif piece in ")]":
-                close(piece)
-            elif brackets and piece != "\\":
-                brackets[-1].groups.append([])
-                brackets[-1].separators.append(piece)
-            elif piece == ":":
-                here.append(piece)
-            else:
-                raise _Malformed
-        give_up()
-    except _Malformed:
-        return [text]
-    return outside
-
-
-def _closed(bracket: _Bracket, mark: str, last_step: Callable[[str], int]) -> "_Part | None":
-    """What a bracket means that ends in `mark`; None: it is not well formed."""
-    groups, separators = bracket.groups, bracket.separators
-    if bracket.mark + mark not in ("()", "[]"):
-        return None
-    if not separators:
-        return [bracket.mark, groups[0], mark]
-    if mark == ")":
-        return ["(", groups[0], ":", groups[1], ")"] if separators == [":"] else None
-    if ":" not in separators:
-        return _Alternation(groups)
-    if separators not in ([":"], [":", ":"]) or not all(isinstance(part, str) for part in groups[-1]):
-        return None
-    when = _WHEN.fullmatch("".join(part for part in groups[-1] if isinstance(part, str)))
-    return when and _Edit(groups[0] if len(separators) == 2 else [], groups[-2], last_step(when[1]))
-
-
-def _walk(parts: _Parts) -> Iterator[_Edit | _Alternation]:
-    """All edits and alternations, also those inside others."""
-    unread = [parts]
-    while unread:
-        for part in unread.pop():
-            if isinstance(part, _Edit):
-                yield part
-                unread += [part.before, part.after]
-            elif isinstance(part, _Alternation):
-                yield part
-                unread += part.options
-            elif not isinstance(part, str):
-                unread.append(part)
+        return [text], {}
+    tokens = _MARK.split(text)  # text at even places, marks at odd ones
+    choices: dict[int, _Choice] = {}
+    brackets: list[list[int]] = []  # those open: the places of the mark and of the separators behind it
+    bars = 0  # how many are left over
+    for place in range(1, len(tokens), 2):
+        mark = tokens[place]
+        if mark in "([":
+            brackets.append([place])
+        elif mark in ":|":
+            bars += mark == "|"
+            if brackets:
+                brackets[-1].append(place)
+        elif mark == "\\":
+            return [text], {}
+        elif mark in ")]" and brackets:
+            places = [*brackets.pop(), place]
+            gaps = tuple((left + 1, right) for left, right in pairwise(places))
+            shape = "".join(tokens[i] for i in places)
+            number = _WHEN.fullmatch(tokens[place - 1]) if places[-2] == place - 2 else None
+            if shape in ("[:]", "[::]") and number:
+                options = ((0, 0), *gaps[:-1])[-2:]  # [after:when] has nothing before
+                choices[places[0]] = _Choice(options, place + 1, last_step(number[1]))
+            elif _BARS.fullmatch(shape):
+                bars -= len(gaps) - 1
+                choices[places[0]] = _Choice(gaps, place + 1, None)
+            elif shape not in ("()", "(:)", "[]"):
+                brackets.clear()
+    return ([text], {}) if bars else (tokens, choices)

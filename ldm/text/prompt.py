@@ -26,7 +26,7 @@ from ldm.errors import PromptError
 from ldm.formats.mapped import printable
 
 MARKS = ("(", ")", "[", "]", ":", "|", "\\", "<", "AND", "BREAK")
-LIMIT = 50_000  # of these in one prompt; if there are more, all is plain text, see `too_many`
+LIMIT = 20_000  # of these in one prompt; if there are more, all is plain text, see `too_many`
 UP, DOWN = 1.1, 1 / 1.1  # the factors of (text) and [text]
 _POWERS = dict(enumerate(accumulate([1.0] + [UP] * 100, mul))) | {
     -n: power for n, power in enumerate(accumulate([1.0] + [DOWN] * 100, mul))
@@ -148,7 +148,7 @@ def emphasis(text: str, mode: Emphasis = "original") -> list[tuple[str, float]]:
             rounds += [len(pieces)] * len(mark)
         elif first == "[":
             squares += [len(pieces)] * len(mark)
-        elif first == ")" or first == "]":
+        elif first in ")]":
             opened, factor = (rounds, UP) if first == ")" else (squares, DOWN)
             for bracket in mark:
                 if opened:
