@@ -16,7 +16,7 @@ from ldm.files import remove_unfinished
 from ldm.images import ENDINGS, save, save_numbered
 from ldm.interrupts import patient
 from ldm.models import Models
-from ldm.pipeline import pictures, plan, sample
+from ldm.pipeline import picture, plan, sample
 from ldm.request import Request
 
 
@@ -76,11 +76,10 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
     Of several requests, one that fails is reported and the others go on. Ctrl-C ends the run after the step
     or the picture at hand. Raises LdmError if the requests do not fit the model, OSError as `save` does.
     """
-    run = plan(models, requests[0])
+    steps = len(plan(models, replace(requests[0], prompt="", negative_prompt="")).sigmas) - 1
     print(f"{models.name}: {models.describe()}", file=sys.stderr)
-    steps = len(run.sigmas) - 1
     total, done, failed = sum(request.batch_size for request in requests), 0, False
-    seed = run.request.seed  # of the next picture
+    seed = requests[0].seed  # of the next picture
     with (
         patient() as asked,
         tqdm(total=len(requests) * steps, unit="step", dynamic_ncols=True) as bar,
@@ -89,6 +88,7 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
             seed = request.seed
             try:
                 latents = None
+                settled = plan(models, request)  # each prompt may name other files
                 for step in sample(models, request):
                     latents = step.x
                     bar.update()
@@ -96,12 +96,11 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
                         raise KeyboardInterrupt
                 assert latents is not None
                 bar.update((i + 1) * steps - bar.n)  # some samplers choose their number of steps themselves
-                for latent in latents:
-                    one = replace(request, seed=seed, batch_size=1)
-                    [image] = pictures(models, replace(run, request=one), latent.unsqueeze(0))
+                for place, latent in enumerate(latents):
+                    image, one = picture(models, settled, place, latent), request.single(place)
                     save(image, one)
                     done += 1
-                    seed += 1
+                    seed = one.seed + 1
                     if asked():
                         raise KeyboardInterrupt
             except LdmError as error:

@@ -184,6 +184,8 @@ def _plan(models: Models, loras: Iterable[Use]) -> list[tuple[Tensor, list[Chang
         if not (math.isfinite(unet) and math.isfinite(text)):
             raise RequestError(f"a LoRA's multiplier must be a finite number, got {unet} and {text}")
         uses.append((lora if isinstance(lora, LoraFile) else read(lora), unet, text))
+    if not uses:
+        return []
     uses.sort(key=lambda use: (str(use[0].path), *use[1:]))
     known, networks = names(models), parts(models)
     changes: dict[Place, list[Change]] = {}

@@ -50,7 +50,11 @@ class Models:
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        """Where the networks are."""
+        parts = (
+            part for part in (self.denoiser.network, self.vae, *self.text) if isinstance(part, nn.Module)
+        )
+        return next((p.device for part in parts for p in part.parameters()), torch.device("cpu"))
 
     @property
     def name(self) -> str:

@@ -7,22 +7,26 @@ itself: copy `sample` and alter it to make a pipeline of your own.
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm import schedules
+from ldm import networks, schedules
 from ldm.denoise import Conditioning
 from ldm.errors import LdmError, RequestError
 from ldm.families import Picture
-from ldm.guidance import cfg
+from ldm.guidance import Guides, cfg, needs_negative
 from ldm.images import to_pil
 from ldm.infotext import infotext
 from ldm.models import Models
-from ldm.noise import STREAMS, BrownianNoise, starting_noise
+from ldm.networks import Networks
+from ldm.noise import STREAMS, BrownianNoise, Noise, starting_noise
 from ldm.request import Request
 from ldm.samplers import Sampler, Step, parse
+from ldm.text import editing
+from ldm.text.prompt import compose
 from ldm.vae import AutoencoderKL, VQModel
 
 
@@ -39,6 +43,8 @@ class Plan:
     spacing: str  # of the noise levels, a name of ldm.spacings.SPACINGS
     sigmas: tuple[float, ...]  # steps + 1 levels, the last one 0 (DDIM as in other programs: see compat)
     latent_shape: tuple[int, int, int]  # (C, h, w)
+    prompt: str  # without the tags that name files
+    networks: Networks  # these files
 
     @property
     def settled(self) -> Request:
@@ -55,9 +61,10 @@ class Plan:
 
 
 def plan(models: Models, request: Request) -> Plan:
-    """Settle what the request leaves open, from the model's family and the sampler. Costs nothing.
+    """Settle what the request leaves open, from the model's family and the sampler; find the files it names.
 
-    Raises RequestError or SamplerError if the request does not fit the model, LdmError if a part is missing.
+    Raises RequestError, PromptError or SamplerError if the request does not fit the model, LdmError if a part
+    or a file is missing.
     """
     family, vae = models.family, autoencoder(models)
     if family.needs is not None:
@@ -80,6 +87,7 @@ def plan(models: Models, request: Request) -> Plan:
         if value % factor:
             near = max(round(value / factor), 1) * factor
             raise RequestError(f"{name} must be a multiple of {factor}, got {value}; try {near}")
+    prompt, found = networks.find(models, request.prompt, request.negative_prompt)
     return Plan(
         request=request,
         width=width,
@@ -90,6 +98,8 @@ def plan(models: Models, request: Request) -> Plan:
         spacing=spacing,
         sigmas=tuple(sigmas),
         latent_shape=(vae.config.embed_dim, height // factor, width // factor),
+        prompt=prompt,
+        networks=found,
     )
 
 
@@ -105,35 +115,68 @@ def _sigmas(models: Models, request: Request, sampler: Sampler, steps: int, spac
 
 
 @torch.no_grad()
-def conditioning(models: Models, run: Plan) -> tuple[Conditioning, Conditioning | None]:
-    """The conditional and the unconditional half of guidance, each for the whole batch.
+def conditioning(models: Models, run: Plan) -> list[Guides]:
+    """What leads each step of the run: the same object where the prompt does not change.
 
-    The second is None where it is not needed: at cfg_scale 1, and for models without conditioning. Each
-    prompt is encoded once, by itself.
+    Each text is encoded once, by itself. The negative half is None where it is not needed: at cfg_scale 1,
+    and for models without conditioning.
     """
     family, request = models.family, run.request
     concat = _grey(models, run) if family.grey_concat else None
 
-    def encode(prompt: str, negative: bool) -> Conditioning:
-        picture = Picture(width=run.width, height=run.height, negative=negative, clip_skip=request.clip_skip)
-        one = family.condition(models.text, models.tokenizer, prompt, picture)
+    @cache
+    def encode(text: str, negative: bool) -> Conditioning:
+        picture = Picture(
+            width=run.width,
+            height=run.height,
+            negative=negative,
+            clip_skip=request.clip_skip,
+            compat=request.compat,
+            embeddings=run.networks.embeddings,
+        )
+        one = family.condition(models.text, models.tokenizer, text, picture)
         return replace(one, concat=concat).expanded(request.batch_size)
 
-    positive = encode(request.prompt, False)
-    if run.cfg_scale == 1.0 or not family.parts:
-        return positive, None
-    return positive, encode(request.negative_prompt, True)
+    @cache
+    def guides(positive: str, negative: str) -> Guides:
+        prompts = compose(positive)
+        found = tuple((encode(text, False), weight) for text, weight in prompts)
+        needed = family.parts and needs_negative([weight for _, weight in prompts], run.cfg_scale)
+        return Guides(found, encode(negative, True) if needed else None)
+
+    steps = len(run.sigmas) - 1
+    texts = (editing.schedule(run.prompt, steps), editing.schedule(request.negative_prompt, steps))
+    late = request.compat.late_first_edit
+    return [guides(*(text.text(text.at(step, late=late)) for text in texts)) for step in range(steps)]
 
 
 def sample(models: Models, request: Request) -> Iterator[Step]:
-    """Run the request, one step at a time; the last step's x is the finished latent (B, C, h, w) float32."""
-    run = plan(models, request)
-    cond, uncond = conditioning(models, run)
-    denoise = cfg(models.denoiser, cond, uncond, run.cfg_scale, request.cfg_rescale)
+    """Run the request, one step at a time; the last step's x is the finished latent (B, C, h, w) float32.
 
+    LoRA files and hypernetworks that the prompt names change the model until the run ends or is closed: one
+    run at a time on the same `models`.
+    """
+    run = plan(models, request)
+    with networks.applied(models, run.networks):
+        guides = conditioning(models, run)
+        by_guides = {id(g): cfg(models.denoiser, g, run.cfg_scale, request.cfg_rescale) for g in guides}
+        at = 0  # the step at hand, by its noise level: some samplers choose their number of steps themselves
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            return by_guides[id(guides[at])](x, sigma)
+
+        x, noise = start(models, run)
+        for step in run.sampler(denoise, x, run.sigmas, noise, **request.sampler_options()):
+            at = min(sum(level > step.sigma_next for level in run.sigmas), len(guides) - 1)
+            last = step.sigma_next == run.sigmas[-1] > 0
+            yield step._replace(x=run.sampler.finish(step.x, step.sigma_next)) if last else step
+
+
+def start(models: Models, run: Plan) -> tuple[Tensor, Noise]:
+    """The state in which the run begins (B, C, h, w), and the noise for the sampler's steps."""
+    request = run.request
     factor = autoencoder(models).config.factor
-    start, noise = starting_noise(request, run.latent_shape, factor=factor, device=models.device)
-    x = run.sampler.start(start, run.sigmas[0])
+    first, noise = starting_noise(request, run.latent_shape, factor=factor, device=models.device)
     if run.sampler.brownian:
         noise = BrownianNoise(
             run.latent_shape,
@@ -143,9 +186,7 @@ def sample(models: Models, request: Request) -> Iterator[Step]:
             device=models.device,
             stream=STREAMS[request.compat.noise],
         )
-    for step in run.sampler(denoise, x, run.sigmas, noise, **request.sampler_options()):
-        last = step.sigma_next == run.sigmas[-1] > 0
-        yield step._replace(x=run.sampler.finish(step.x, step.sigma_next)) if last else step
+    return run.sampler.start(first, run.sigmas[0]), noise
 
 
 def autoencoder(models: Models) -> AutoencoderKL | VQModel:
@@ -162,12 +203,15 @@ def decode(models: Models, latents: Tensor) -> Tensor:
     return torch.cat([vae.decode(z.unsqueeze(0).float()) for z in latents])
 
 
+def picture(models: Models, run: Plan, i: int, latent: Tensor) -> Image.Image:
+    """Decode the finished latent (C, h, w) of picture i of a run and write its settings into it."""
+    text = infotext(run.settled, models, run.networks.hashes, place=i)
+    return to_pil(decode(models, latent.unsqueeze(0))[0], text, truncate=run.request.compat.truncate_8bit)
+
+
 def pictures(models: Models, run: Plan, latents: Tensor) -> list[Image.Image]:
-    """Decode the finished latents (B, C, h, w) of a run and write each picture's settings into it."""
-    return [
-        to_pil(pixels, infotext(run.settled.single(i), models))
-        for i, pixels in enumerate(decode(models, latents))
-    ]
+    """All pictures of a run, from its finished latents (B, C, h, w)."""
+    return [picture(models, run, i, latent) for i, latent in enumerate(latents)]
 
 
 def txt2img(models: Models, request: Request) -> list[Image.Image]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoise import Conditioning, Denoiser, Prediction
-from ldm.guidance import cfg, rescaled
+from ldm.guidance import Guides, cfg, rescaled
 from ldm.schedules import NoiseSchedule
 from tests.tiny_families import tiny
 
@@ -46,19 +46,19 @@ def test_guidance_goes_from_the_unconditional_through_the_conditional_prediction
     _, denoiser, x, cond, uncond = set_up()
     positive, negative = denoiser(x, SIGMA, cond), denoiser(x, SIGMA, uncond)
     for scale in (0.0, 0.5, 7.5):
-        guided = cfg(denoiser, cond, uncond, scale)(x, SIGMA)
+        guided = cfg(denoiser, Guides.one(cond, uncond), scale)(x, SIGMA)
         torch.testing.assert_close(guided, negative + scale * (positive - negative))
 
 
 def test_both_halves_run_in_one_batch():
     network, denoiser, x, cond, uncond = set_up()
-    cfg(denoiser, cond, uncond, 7.0)(x, SIGMA)
+    cfg(denoiser, Guides.one(cond, uncond), 7.0)(x, SIGMA)
     assert network.batches == [6]
 
 
 def test_halves_of_different_length_run_one_after_the_other():
     network, denoiser, x, cond, uncond = set_up(tokens=8)
-    guided = cfg(denoiser, cond, uncond, 7.0)(x, SIGMA)
+    guided = cfg(denoiser, Guides.one(cond, uncond), 7.0)(x, SIGMA)
     assert network.batches == [3, 3]
     positive, negative = denoiser(x, SIGMA, cond), denoiser(x, SIGMA, uncond)
     torch.testing.assert_close(guided, negative + 7 * (positive - negative))
@@ -66,9 +66,11 @@ def test_halves_of_different_length_run_one_after_the_other():
 
 def test_scale_1_computes_only_the_conditional_half():
     network, denoiser, x, cond, uncond = set_up()
-    assert torch.equal(cfg(denoiser, cond, uncond, 1.0, rescale=0.7)(x, SIGMA), denoiser(x, SIGMA, cond))
+    assert torch.equal(
+        cfg(denoiser, Guides.one(cond, uncond), 1.0, rescale=0.7)(x, SIGMA), denoiser(x, SIGMA, cond)
+    )
     assert network.batches == [3, 3]  # the one of guidance, and ours to compare with
-    assert torch.equal(cfg(denoiser, cond, None, 7.0)(x, SIGMA), denoiser(x, SIGMA, cond))
+    assert torch.equal(cfg(denoiser, Guides.one(cond), 7.0)(x, SIGMA), denoiser(x, SIGMA, cond))
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
@@ -83,7 +85,7 @@ def test_a_pair_in_one_batch_equals_two_calls(name: str):
     )
     x = gaussian(1, 4, 8, 8) * SIGMA
     with torch.no_grad():
-        guided = cfg(denoiser, cond, uncond, 7.0)(x, SIGMA)
+        guided = cfg(denoiser, Guides.one(cond, uncond), 7.0)(x, SIGMA)
         positive, negative = denoiser(x, SIGMA, cond), denoiser(x, SIGMA, uncond)
     # The kernels may sum in another order for another batch size, and guidance multiplies that by 7.
     torch.testing.assert_close(guided, negative + 7 * (positive - negative), atol=5e-5, rtol=0)
@@ -108,6 +110,6 @@ def test_rescaling_treats_every_picture_by_itself():
 
 def test_guidance_rescales_as_asked():
     _, denoiser, x, cond, uncond = set_up()
-    positive, guided = denoiser(x, SIGMA, cond), cfg(denoiser, cond, uncond, 9.0)(x, SIGMA)
+    positive, guided = denoiser(x, SIGMA, cond), cfg(denoiser, Guides.one(cond, uncond), 9.0)(x, SIGMA)
     expected = rescaled(x, SIGMA, guided, positive, 0.7)
-    torch.testing.assert_close(cfg(denoiser, cond, uncond, 9.0, rescale=0.7)(x, SIGMA), expected)
+    torch.testing.assert_close(cfg(denoiser, Guides.one(cond, uncond), 9.0, rescale=0.7)(x, SIGMA), expected)

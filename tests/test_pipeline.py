@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.denoise import Denoiser
+from ldm.denoise import Conditioning, Denoiser
 from ldm.errors import LdmError, PromptError, RequestError, SamplerError
 from ldm.families.family import size_embedding
 from ldm.models import Models
@@ -242,10 +242,19 @@ def test_a_broken_network_gives_an_error_and_no_black_picture():
 # --- prompts
 
 
+def halves(models: Models, request: Request) -> tuple[Conditioning, Conditioning | None]:
+    """Both halves of guidance for a prompt that stays the same."""
+    guides = conditioning(models, plan(models, request))
+    assert all(g is guides[0] for g in guides)
+    [(positive, weight)] = guides[0].positive
+    assert weight == 1
+    return positive, guides[0].negative
+
+
 def hidden(name: str, prompt: str, *, negative: str = "", **changes: object) -> tuple[Tensor, Tensor | None]:
     """The contexts of both halves of guidance."""
     request = replace(SMALL, prompt=prompt, negative_prompt=negative, **changes)  # pyright: ignore
-    cond, uncond = conditioning(tiny(name), plan(tiny(name), request))
+    cond, uncond = halves(tiny(name), request)
     assert cond.context is not None
     return cond.context, None if uncond is None else uncond.context
 
@@ -282,7 +291,7 @@ def test_clip_skip_takes_earlier_states():
 
 def test_sdxl_reads_two_encoders_the_sizes_and_zeros_for_an_empty_negative_prompt():
     models = tiny("sdxl")
-    cond, uncond = conditioning(models, plan(models, SMALL))
+    cond, uncond = halves(models, SMALL)
     assert cond.context is not None
     assert cond.vector is not None
     assert cond.context.shape == (1, 77, 128)
@@ -301,7 +310,7 @@ def test_sdxl_reads_two_encoders_the_sizes_and_zeros_for_an_empty_negative_promp
 
 def test_the_refiner_reads_aesthetic_scores_6_and_2_5():
     models = tiny("sdxl-refiner")
-    cond, uncond = conditioning(models, plan(models, SMALL))
+    cond, uncond = halves(models, SMALL)
     assert uncond is not None
     for half, score in ((cond, 6.0), (uncond, 2.5)):
         assert half.vector is not None
@@ -314,7 +323,7 @@ def test_the_refiner_reads_aesthetic_scores_6_and_2_5():
 def test_inpainting_models_see_a_full_mask_and_a_grey_picture():
     for name in ("sd1-inpaint", "sd2-inpaint"):
         models = tiny(name)
-        cond, uncond = conditioning(models, plan(models, replace(SMALL, batch_size=2)))
+        cond, uncond = halves(models, replace(SMALL, batch_size=2))
         assert uncond is not None
         for half in (cond, uncond):
             assert half.concat is not None
@@ -329,7 +338,7 @@ def test_inpainting_models_see_a_full_mask_and_a_grey_picture():
 
 def test_class_conditional_models_draw_numbers():
     models = tiny("class-f4")
-    cond, uncond = conditioning(models, plan(models, replace(SMALL, prompt=" 207 ")))
+    cond, uncond = halves(models, replace(SMALL, prompt=" 207 "))
     table = models.text[0].weight
     assert isinstance(table, Tensor)
     assert cond.context is not None
@@ -346,7 +355,7 @@ def test_class_conditional_models_draw_numbers():
 
 def test_unconditional_models_draw_without_words():
     models = tiny("unconditional")
-    cond, uncond = conditioning(models, plan(models, replace(SMALL, cfg_scale=3.0)))
+    cond, uncond = halves(models, replace(SMALL, cfg_scale=3.0))
     assert (cond.context, cond.vector, cond.concat, uncond) == (None, None, None, None)
     assert txt2img(models, SMALL)[0].size == (32, 24)
 

@@ -10,13 +10,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ldm.compat import DEFAULT, Compatibility
 from ldm.denoise import Conditioning, Prediction
 from ldm.errors import PromptError
 from ldm.families.infer import Shapes
 from ldm.schedules import NoiseSchedule
 from ldm.text.bert import BertTextModel, WordPiece
-from ldm.text.clip import ClipTextModel
+from ldm.text.chunks import BACKTRACK, EmbeddingNames, chunks
+from ldm.text.clip import ClipTextModel, Inserted
+from ldm.text.emphasis import weighted
+from ldm.text.prompt import emphasis
 from ldm.text.tokenizer import END, Tokenizer
+from ldm.textual_inversion import Embedding
 from ldm.unet import timestep_embedding
 
 UNET = "model.diffusion_model."
@@ -61,6 +66,8 @@ class Picture:
     height: int
     negative: bool  # this is the negative prompt
     clip_skip: int | None
+    compat: Compatibility = DEFAULT
+    embeddings: Mapping[str, Embedding] = field(default_factory=dict)  # by their names in the prompt
     original: tuple[int, int] | None = None  # (width, height) of what it was cut from, if another size
     corner: tuple[int, int] = (0, 0)  # (left, top) of the cut
 
@@ -139,26 +146,41 @@ class Family:
         prompt: str,
         picture: Picture,
     ) -> Conditioning:
-        """Long prompts are cut into chunks of 75 tokens, encoded one by one and put in a row (web UI)."""
-        ids = tokenizer.encode(prompt)
+        """The prompt language but for AND and editing, which are none of a single encoding's business."""
+        assert isinstance(tokenizer, Tokenizer)
+        mode = picture.compat.emphasis
+        length = min(e.config.context_length for e in encoders if isinstance(e, ClipTextModel))
+        pieces = chunks(
+            emphasis(prompt, mode),
+            tokenizer.encode,
+            length=length - 2,
+            embeddings=EmbeddingNames(tokenizer.encode, {n: len(e) for n, e in picture.embeddings.items()}),
+            backtrack=min(BACKTRACK, length // 3),
+        )
+        weights = torch.tensor([chunk.weight_row(length) for chunk in pieces])  # (chunks, length)
+        rows = [chunk.ids for chunk in pieces] + ([()] if mode == "comfyui" else [])
         contexts, pooled = [], None
-        for encoder, part in zip(encoders, self.parts, strict=True):
+        for i, (encoder, part) in enumerate(zip(encoders, self.parts, strict=True)):
             assert isinstance(encoder, ClipTextModel) and isinstance(part, ClipPart)  # noqa: PT018
-            length = encoder.config.context_length
-            chunks = [ids[i : i + length - 2] for i in range(0, max(1, len(ids)), length - 2)]
-            assert isinstance(tokenizer, Tokenizer)
-            tokens = _on(encoder, [tokenizer.pad(chunk, length, part.pad_id) for chunk in chunks])
             features = encoder(
-                tokens,
+                _on(encoder, [tokenizer.pad([*ids], length, part.pad_id) for ids in rows]),
+                inserted=[
+                    Inserted(row, 1 + place, picture.embeddings[name].fitted(encoders)[i])
+                    for row, chunk in enumerate(pieces)
+                    for place, name in chunk.embeddings
+                ],
                 skip=picture.clip_skip or part.skip,
                 final_norm=part.final_norm,
                 pooled=part.pooled,
             )
-            contexts.append(features.hidden.flatten(0, 1).unsqueeze(0))  # (1, chunks * 77, D)
+            z, empty = features.hidden.split([len(pieces), len(rows) - len(pieces)])
+            z = weighted(mode, z, weights, empty)
+            contexts.append(z.flatten(0, 1).unsqueeze(0))  # (1, chunks * length, D)
             if part.pooled:
                 pooled = features.pooled[:1]  # of the first chunk
         context = torch.cat(contexts, dim=2)
-        if picture.negative and self.zero_empty_negative and not prompt.strip():
+        zeros = self.zero_empty_negative and picture.compat.zero_empty_negative
+        if picture.negative and zeros and not prompt.strip():
             context = torch.zeros_like(context)
             pooled = None if pooled is None else torch.zeros_like(pooled)
         if self.vector is None or pooled is None:
