@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from ldm.errors import CheckpointError
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,11 +31,14 @@ class Delta(ABC):
     found_by: ClassVar[tuple[str, ...]] = ()  # tensors of which one is enough to tell the way
 
     @abstractmethod
+    def check(self, shape: Shape) -> None:
+        """Raise CheckpointError if this does not fit a weight of `shape`. Looks at shapes only."""
+
+    @abstractmethod
     def change(self, base: Tensor) -> Tensor:
         """What to add to the pristine weight for multiplier 1.
 
-        base: the weight, float32. Returns float32 of the same shape.
-        Raises CheckpointError or RuntimeError if the shapes do not fit.
+        base: the weight, float32, of a shape that passed `check`. Returns float32 of the same shape.
         """
 
     def merged(self, base: Tensor, multiplier: float) -> Tensor:
@@ -51,16 +56,68 @@ class Delta(ABC):
                 moved[field.name] = value.to(device)
         return replace(self, **moved)
 
-    def check(self, shape: torch.Size) -> None:
-        """Raise CheckpointError if this does not fit a weight of `shape`. Computes nothing."""
-        try:
-            result = self.to("meta").change(torch.empty(shape, device="meta")).shape
-        except CheckpointError:
-            raise
-        except (RuntimeError, IndexError, ValueError) as error:  # what torch says of shapes
-            raise CheckpointError(f"it does not fit a weight of shape {tuple(shape)}") from error
-        if result != shape:
-            raise CheckpointError(f"it has shape {tuple(result)}, the weight {tuple(shape)}")
+
+def _refuse(shape: Sequence[int], wanted: Sequence[int] | str) -> CheckpointError:
+    wanted = wanted if isinstance(wanted, str) else str(tuple(wanted))
+    return CheckpointError(f"a part of it has shape {tuple(shape)} where {wanted} is needed")
+
+
+def _fits(shape: Shape, wanted: Shape) -> None:
+    """Demand the same shape, but for ones at the end or a kernel flattened into the inputs."""
+
+    def core(sizes: Shape) -> Shape:
+        return core(sizes[:-1]) if sizes[-1:] == (1,) else sizes
+
+    flattened = len(shape) == 2 and shape[:1] == wanted[:1] and shape[1] == math.prod(wanted[1:])
+    if not flattened and core(shape) != core(wanted):
+        raise _refuse(shape, wanted)
+
+
+Factors = tuple[Tensor, ...]
+"""A matrix: (whole,); (a, b) for a @ b, where b may have the kernel behind its inputs, (r, I, k, k); or
+(a, b, core) for LyCORIS' Tucker form, (r, O), (r, I) and (r, r, k, k)."""
+
+
+def _shape(factors: Factors) -> Shape:
+    """Of `_value(factors)`. Raises CheckpointError if they do not fit each other, or the rank is 0."""
+    shapes = [tuple(factor.shape) for factor in factors]
+    for shape in shapes:
+        if len(shape) < 2:
+            raise _refuse(shape, "a matrix")
+    if len(shapes) == 1:
+        return shapes[0]
+    a, b, *core = shapes
+    rank = b[0]
+    if rank == 0:
+        raise CheckpointError("its rank is 0")
+    if not core:
+        if math.prod(a[1:]) != rank:
+            raise _refuse(a, (a[0], rank))
+        return (a[0], *b[1:])
+    if core[0][:2] != (a[0], rank):
+        raise _refuse(core[0], (a[0], rank, *core[0][2:]))
+    return (math.prod(a[1:]), math.prod(b[1:]), *core[0][2:])
+
+
+def _value(factors: Factors) -> Tensor:
+    if len(factors) == 1:
+        return factors[0]
+    a, b, *core = factors
+    if core:
+        return torch.einsum("pq..., po, qi -> oi...", core[0], a.flatten(1), b.flatten(1))
+    return (a.flatten(1) @ b.flatten(1)).reshape(len(a), *b.shape[1:])
+
+
+def _factors(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Factors:
+    if whole is not None:
+        return (whole,)
+    if a is None or b is None:
+        raise CheckpointError("a factor of it is missing")
+    return (a, b) if core is None else (a, b, core)
+
+
+def _scale(alpha: float | None, rank: int) -> float:
+    return 1.0 if alpha is None else alpha / rank
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,13 +131,16 @@ class LowRank(Delta):
     mid: Tensor | None = None  # (r, r, k, k)
     alpha: float | None = None
 
+    def _factors(self) -> Factors:
+        if self.mid is None or self.up.ndim < 2:
+            return (self.up, self.down)
+        return (self.up.flatten(1).T, self.down, self.mid)
+
+    def check(self, shape: Shape) -> None:
+        _fits(_shape(self._factors()), shape)
+
     def change(self, base: Tensor) -> Tensor:
-        up, down = self.up.flatten(1), self.down.flatten(1)
-        if self.mid is None:
-            product = (up @ down).reshape(len(up), *self.down.shape[1:])
-        else:
-            product = torch.einsum("or, rs..., si -> oi...", up, self.mid, down)
-        return _scale(self.alpha, len(self.down)) * _fit(product, base)
+        return _scale(self.alpha, len(self.down)) * _value(self._factors()).reshape(base.shape)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,11 +157,19 @@ class Hadamard(Delta):
     hada_t2: Tensor | None = None
     alpha: float | None = None
 
+    def _factors(self) -> tuple[Factors, Factors]:
+        return (
+            _factors(None, self.hada_w1_a, self.hada_w1_b, self.hada_t1),
+            _factors(None, self.hada_w2_a, self.hada_w2_b, self.hada_t2),
+        )
+
+    def check(self, shape: Shape) -> None:
+        for factors in self._factors():
+            _fits(_shape(factors), shape)
+
     def change(self, base: Tensor) -> Tensor:
-        one = _product(self.hada_w1_a, self.hada_w1_b, self.hada_t1)
-        two = _product(self.hada_w2_a, self.hada_w2_b, self.hada_t2)
-        _same(one.shape, two.shape)
-        return _scale(self.alpha, len(self.hada_w1_b)) * _fit(one * two, base)
+        one, two = (_value(factors).reshape(base.shape) for factors in self._factors())
+        return _scale(self.alpha, len(self.hada_w1_b)) * (one * two)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,22 +190,29 @@ class Kronecker(Delta):
     lokr_t2: Tensor | None = None  # (r, r, k, k)
     alpha: float | None = None
 
-    def change(self, base: Tensor) -> Tensor:
-        one = self._factor(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None)
-        two = self._factor(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2)
-        if two.ndim == 2:
-            two = two.reshape(len(two), -1, *base.shape[2:])
-        inner = self.lokr_w2_b if self.lokr_w2_b is not None else self.lokr_w1_b
-        scale = 1.0 if inner is None else _scale(self.alpha, len(inner))
-        return scale * _fit(torch.kron(one.reshape(*one.shape, *(1 for _ in two.shape[2:])), two), base)
+    def _factors(self) -> tuple[Factors, Factors]:
+        return (
+            _factors(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None),
+            _factors(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2),
+        )
 
-    @staticmethod
-    def _factor(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> Tensor:
-        if whole is not None:
-            return whole
-        if a is None or b is None:
-            raise CheckpointError("a factor of it is missing")
-        return _product(a, b, core)
+    def check(self, shape: Shape) -> None:
+        one, two = map(_shape, self._factors())
+        pixels = math.prod(shape[2:])
+        if len(one) != 2 or (len(two) == 2 and two[1] % pixels):
+            raise _refuse(one, "a matrix")
+        if len(two) == 2:  # the kernel is flattened into the inputs
+            two = (two[0], two[1] // pixels, *shape[2:])
+        _fits((one[0] * two[0], one[1] * two[1], *two[2:]), shape)
+
+    def change(self, base: Tensor) -> Tensor:
+        factors = self._factors()
+        one, two = map(_value, factors)
+        ranks = [len(factor[1]) for factor in factors if len(factor) > 1]
+        scale = _scale(self.alpha, ranks[-1]) if ranks else 1.0
+        kernel = base.shape[2:]
+        one = one.reshape(*one.shape, *(1 for _ in kernel))
+        return scale * torch.kron(one, two.reshape(len(two), -1, *kernel)).reshape(base.shape)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -148,13 +223,16 @@ class Full(Delta):
 
     diff: Tensor
 
+    def check(self, shape: Shape) -> None:
+        _fits(tuple(self.diff.shape), shape)
+
     def change(self, base: Tensor) -> Tensor:
-        return _fit(self.diff, base)
+        return self.diff.reshape(base.shape)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class General(Delta):
-    """GLoRA: W @ a1 @ a2 + b1 @ b2. The web UI's older files swap the numbers in all names."""
+    """GLoRA: W @ a1 @ a2 + b1 @ b2. Older files of the web UI have 1 and 2 the other way round."""
 
     found_by = ("a1", "b1")
 
@@ -164,13 +242,22 @@ class General(Delta):
     b2: Tensor  # (r, I) or (r, I, k, k)
     alpha: float | None = None
 
+    def _factors(self, outputs: int) -> tuple[Factors, Factors]:
+        if self.b1.shape[:1] == (outputs,):
+            return (self.a1, self.a2), (self.b1, self.b2)
+        return (self.a2, self.a1), (self.b2, self.b1)
+
+    def check(self, shape: Shape) -> None:
+        if len(shape) < 2:
+            raise CheckpointError("it is for a matrix or a convolution")
+        mapped, added = map(_shape, self._factors(shape[0]))
+        _fits(added, shape)
+        _fits(mapped, (shape[1], shape[1]))
+
     def change(self, base: Tensor) -> Tensor:
-        a1, a2, b1, b2 = (self.a1, self.a2, self.b1, self.b2)
-        if len(b1) != len(base):
-            a1, a2, b1, b2 = a2, a1, b2, b1
-        added = (b1.flatten(1) @ b2.flatten(1)).reshape(len(b1), *b2.shape[1:])
-        mapped = torch.einsum("oi..., ir, rj -> oj...", base, a1.flatten(1), a2.flatten(1))
-        return _scale(self.alpha, len(b2)) * (_fit(added, base) + mapped)
+        (a, b), added = self._factors(len(base))
+        mapped = torch.einsum("oi..., ir, rj -> oj...", base, a.flatten(1), b.flatten(1))
+        return _scale(self.alpha, len(b)) * (_value(added).reshape(base.shape) + mapped)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -182,11 +269,15 @@ class Scaling(Delta):
     weight: Tensor  # (O,) or (I,), or with ones for the other axes
     on_input: float  # 1: it is the inputs, 0: the outputs
 
+    def check(self, shape: Shape) -> None:
+        if len(shape) < 2 or self.weight.numel() != shape[1 if self.on_input else 0]:
+            raise _refuse(
+                tuple(self.weight.shape), f"one number for each {'in' if self.on_input else 'out'}put"
+            )
+
     def change(self, base: Tensor) -> Tensor:
-        axis = 1 if self.on_input else 0
-        _same(torch.Size([self.weight.numel()]), base.shape[axis : axis + 1])
         shape = [1] * base.ndim
-        shape[axis] = -1
+        shape[1 if self.on_input else 0] = -1
         return base * self.weight.reshape(shape)
 
 
@@ -200,6 +291,13 @@ class Rotation(Delta):
     rescale: Tensor | None = None  # (O, 1, ...): a factor for each output
     alpha: float | None = None  # bounds the norm of Q, if positive, to alpha * O
 
+    def check(self, shape: Shape) -> None:
+        blocks = tuple(self.oft_blocks.shape)
+        if len(blocks) != 3 or blocks[1] != blocks[2] or blocks[0] * blocks[1] != shape[0]:
+            raise _refuse(blocks, "blocks of all outputs")
+        if self.rescale is not None:
+            _fits(tuple(self.rescale.shape), shape[:1])
+
     def change(self, base: Tensor) -> Tensor:
         count, size, _ = self.oft_blocks.shape
         q = self.oft_blocks - self.oft_blocks.transpose(1, 2)
@@ -209,8 +307,7 @@ class Rotation(Delta):
         r = (one + q) @ torch.linalg.inv(one - q)
         rotated = torch.einsum("bnm, bn... -> bm...", r, base.unflatten(0, (count, size))).flatten(0, 1)
         if self.rescale is not None:
-            _same(self.rescale.shape, torch.Size([len(base), *(1 for _ in base.shape[1:])]))
-            rotated = rotated * self.rescale
+            rotated = rotated * self.rescale.reshape(-1, *(1 for _ in base.shape[1:]))
         return rotated - base
 
 
@@ -224,20 +321,27 @@ class Decomposed(Delta):
     """
 
     delta: Delta
-    magnitude: Tensor  # (O, 1, ...) or (1, I, 1, ...); (O,)
+    magnitude: Tensor  # (O, 1, ...) or (O,) or (1, I, 1, ...)
+
+    def check(self, shape: Shape) -> None:
+        self.delta.check(shape)
+        if len(shape) < 2 or tuple(self.magnitude.shape) not in ((shape[0],), *self._norms(shape)):
+            raise _refuse(tuple(self.magnitude.shape), "one for each output or input")
 
     def change(self, base: Tensor) -> Tensor:
-        m = self.magnitude
-        ones = [1] * (base.ndim - 1)
-        if m.ndim == 1:
-            m = m.reshape(-1, *ones)
-        per_output = m.shape == torch.Size([len(base), *ones])
-        if not per_output:
-            _same(m.shape, torch.Size([1, base.shape[1], *ones[1:]]))
+        outputs, inputs = self._norms(tuple(base.shape))
+        per_input = self.magnitude.ndim > 1 and tuple(self.magnitude.shape) != outputs
         merged = base + self.delta.change(base)
-        axes = tuple(axis for axis in range(base.ndim) if axis != (0 if per_output else 1))
+        axes = tuple(axis for axis in range(base.ndim) if axis != (1 if per_input else 0))
+        # The epsilon is LyCORIS'.
         norm = merged.square().sum(axes, keepdim=True).sqrt() + torch.finfo(torch.float32).eps
-        return merged * (m / norm) - base
+        return merged * (self.magnitude.reshape(inputs if per_input else outputs) / norm) - base
+
+    @staticmethod
+    def _norms(shape: Shape) -> tuple[Shape, Shape]:
+        """The shapes of the norms of all outputs and of all inputs."""
+        kernel = (1,) * len(shape[2:])
+        return (shape[0], 1, *kernel), (1, shape[1], *kernel)
 
 
 KINDS: tuple[type[Delta], ...] = (LowRank, Hadamard, Kronecker, Full, General, Scaling, Rotation)
@@ -279,33 +383,3 @@ def _number(name: str, tensor: Tensor) -> float:
     if tensor.numel() != 1 or not math.isfinite(number := float(tensor)):
         raise CheckpointError(f"{name} is not a number")
     return number
-
-
-def _scale(alpha: float | None, rank: int) -> float:
-    if rank == 0:
-        raise CheckpointError("its rank is 0")
-    return 1.0 if alpha is None else alpha / rank
-
-
-def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """a @ b, or the Tucker form with a core that has the kernel: (r, O), (r, I), (r, r, k, k)."""
-    return a @ b if core is None else torch.einsum("pq..., po, qi -> oi...", core, a, b)
-
-
-def _fit(change: Tensor, base: Tensor) -> Tensor:
-    """`change` in the shape of `base`, which it has but for ones at the end or a flattened kernel."""
-    flattened = change.ndim == 2 and change.shape[:1] == base.shape[:1] and change.numel() == base.numel()
-    if not flattened:
-        _same(_without_ones(change.shape), _without_ones(base.shape))
-    return change.reshape(base.shape)
-
-
-def _without_ones(shape: torch.Size) -> torch.Size:
-    while shape and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def _same(shape: torch.Size, wanted: torch.Size) -> None:
-    if shape != wanted:
-        raise CheckpointError(f"a part of it has shape {tuple(shape)} where {tuple(wanted)} is needed")

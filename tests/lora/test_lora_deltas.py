@@ -3,6 +3,8 @@
 import gzip
 import re
 from collections import defaultdict
+from dataclasses import fields
+from random import Random
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from ldm.errors import CheckpointError
 from ldm.formats import write_safetensors
 from ldm.lora import read
-from ldm.lora_deltas import Delta, parse
+from ldm.lora_deltas import KINDS, Delta, Scaling, parse
 from tests.golden import golden
 
 
@@ -147,6 +149,48 @@ HOSTILE = {
 def test_what_cannot_be_meant_is_refused_and_nothing_is_broadcast(name: str):
     with pytest.raises(CheckpointError):
         change(HOSTILE[name])
+
+
+# Shapes of parts, most of which fit somewhere.
+POOL = [
+    *[(2, 2)] * 10,
+    (4, 2),
+    (2, 4),
+    (2, 2, 2),
+    (2, 1),
+    (1, 2),
+    (2, 18),
+    (2, 2, 1, 1),
+    (2, 2, 3, 3),
+    (4,),
+    (),
+    (0, 2),
+]
+OPTIONAL = ("mid", "hada_t1", "hada_t2", "lokr_t2", "rescale")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_passes_the_check_can_be_merged_and_the_rest_is_refused(kind: type[Delta]):
+    random = Random(0)
+    passed = 0
+    for _ in range(2000):
+        base = torch.ones(random.choice([(4,), (4, 2), (2, 2), (4, 4), (4, 2, 1, 1), (2, 2, 3, 3)]))
+        tensors = {"on_input": torch.tensor(float(random.randrange(2)))} if kind is Scaling else {}
+        for name in sorted({field.name for field in fields(kind)} - {"alpha", "on_input"}):
+            if random.random() < (0.3 if name in OPTIONAL else 0.9):
+                tensors[name] = torch.ones(random.choice(POOL))
+        if random.random() < 0.1:
+            tensors["dora_scale"] = torch.ones(random.choice([(4,), (4, 1), (1, 2), (1, 1)]))
+        try:
+            delta = parse(tensors)[0].get("weight")
+            if delta is not None:
+                delta.check(tuple(base.shape))
+        except CheckpointError:
+            continue
+        if delta is not None:
+            assert delta.change(base).shape == base.shape
+            passed += 1
+    assert passed > 3
 
 
 def test_tensors_of_no_known_kind_are_told():
