@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_modes_read_the_text_as_forge_does(case: dict):
 @pytest.mark.parametrize("case", WEB_UI["and"], ids=lambda case: case["prompt"])
 def test_and_equals_the_web_ui(case: dict):
     assert compose(case["prompt"]) == [(part["text"], part["weight"]) for part in case["parts"]]
+
+
+def test_the_page_on_prompts_tells_the_truth_about_weights():
+    page = (Path(__file__).parents[2] / "docs/prompts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.*?)` \| (`.*` [\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 10
+    for prompt, reading in rows:
+        pieces = [(text, float(weight)) for text, weight in re.findall(r"`(.*?)` ([\d.]+)", reading)]
+        # The page rounds to four digits.
+        assert [(text, round(weight, 4)) for text, weight in emphasis(prompt)] == pieces
 
 
 def test_a_bare_number_is_a_prompt_not_a_weight():
