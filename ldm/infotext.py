@@ -90,17 +90,25 @@ _KNOWN = {
 
 
 def infotext(
-    request: Request, models: Models, hashes: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    request: Request,
+    models: Models,
+    hashes: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    *,
+    place: int = 0,
 ) -> str:
     """The settings of one picture as text: the fields, their order and their quoting are the web UI's.
 
     request: as settled by `ldm.pipeline.plan`: nothing that decides the picture is None.
     hashes: of further files that took part, {"Lora hashes": {name: hash}, "TI hashes": ...}.
+    place: of the picture in its batch. It is written, as the last bits of a network's output depend on the
+        size of the batch: only the whole batch makes exactly the same picture again.
 
     A prompt that the layout cannot hold, such as one with a line "Negative prompt:" in it, is written a
     second time as a field in quotes, so that every request reads back as it was.
     """
-    fields = [*_fields(request, models, hashes)]
+    fields = [*_fields(request.single(place), models, hashes)]
+    if request.batch_size > 1:
+        fields[-1:-1] = [("Batch size", str(request.batch_size)), ("Batch pos", str(place))]
     plain = parse(_layout(request.prompt, request.negative_prompt, fields))
     for setting, name in EXACT.items():
         wanted = getattr(request, setting)
@@ -390,6 +398,16 @@ def _changes_of_versions(info: Infotext) -> list[str]:
             "Version: before 1.8, the noise schedule was rounded to half precision; details may differ"
         )
     return notes
+
+
+def batch(info: Infotext, single: Request) -> tuple[Request, int]:
+    """The request for the whole batch that a picture of ours is from, and its place there."""
+    try:
+        size, place = (int(info.fields[name][:9]) for name in ("Batch size", "Batch pos"))
+        first = single.single(-place)
+        return replace(first, batch_size=size), min(place, size - 1)
+    except (KeyError, ValueError):  # not from a batch
+        return single, 0
 
 
 def prediction(info: Infotext) -> Prediction | None:
