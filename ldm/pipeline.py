@@ -26,7 +26,7 @@ from ldm.noise import STREAMS, BrownianNoise, Noise, starting_noise
 from ldm.request import Request
 from ldm.samplers import Sampler, Step, parse
 from ldm.text import editing
-from ldm.text.prompt import compose
+from ldm.text.prompt import compose, without_comments
 from ldm.vae import AutoencoderKL, VQModel
 
 
@@ -43,8 +43,9 @@ class Plan:
     spacing: str  # of the noise levels, a name of ldm.spacings.SPACINGS
     sigmas: tuple[float, ...]  # steps + 1 levels, the last one 0 (DDIM as in other programs: see compat)
     latent_shape: tuple[int, int, int]  # (C, h, w)
-    prompt: str  # without the tags that name files
-    networks: Networks  # these files
+    prompt: str  # without comments and the tags that name files
+    negative_prompt: str  # without comments
+    networks: Networks  # the files named
 
     @property
     def settled(self) -> Request:
@@ -87,7 +88,8 @@ def plan(models: Models, request: Request) -> Plan:
         if value % factor:
             near = max(round(value / factor), 1) * factor
             raise RequestError(f"{name} must be a multiple of {factor}, got {value}; try {near}")
-    prompt, found = networks.find(models, request.prompt, request.negative_prompt)
+    negative_prompt = without_comments(request.negative_prompt)
+    prompt, found = networks.find(models, without_comments(request.prompt), negative_prompt)
     return Plan(
         request=request,
         width=width,
@@ -99,6 +101,7 @@ def plan(models: Models, request: Request) -> Plan:
         sigmas=tuple(sigmas),
         latent_shape=(vae.config.embed_dim, height // factor, width // factor),
         prompt=prompt,
+        negative_prompt=negative_prompt,
         networks=found,
     )
 
@@ -137,17 +140,21 @@ def conditioning(models: Models, run: Plan) -> list[Guides]:
         one = family.condition(models.text, models.tokenizer, text, picture)
         return replace(one, concat=concat).expanded(request.batch_size)
 
-    @cache
-    def guides(positive: str, negative: str) -> Guides:
-        prompts = compose(positive)
-        found = tuple((encode(text, False), weight) for text, weight in prompts)
-        needed = family.parts and needs_negative([weight for _, weight in prompts], run.cfg_scale)
-        return Guides(found, encode(negative, True) if needed else None)
+    steps, late = len(run.sigmas) - 1, request.compat.late_first_edit
+    parts, weights = zip(*compose(run.prompt), strict=True)
+    prompts = [editing.schedule(text, steps) for text in parts]
+    negative = editing.schedule(run.negative_prompt, steps)
+    needed = family.parts and needs_negative(weights, run.cfg_scale)
 
-    steps = len(run.sigmas) - 1
-    texts = (editing.schedule(run.prompt, steps), editing.schedule(request.negative_prompt, steps))
-    late = request.compat.late_first_edit
-    return [guides(*(text.text(text.at(step, late=late)) for text in texts)) for step in range(steps)]
+    @cache
+    def guides(texts: tuple[str, ...], away: str) -> Guides:
+        found = (encode(text, False) for text in texts)
+        return Guides(tuple(zip(found, weights, strict=True)), encode(away, True) if needed else None)
+
+    def text(schedule: editing.Schedule, step: int) -> str:
+        return schedule.text(schedule.at(step, late=late))
+
+    return [guides(tuple(text(p, step) for p in prompts), text(negative, step)) for step in range(steps)]
 
 
 def sample(models: Models, request: Request) -> Iterator[Step]:

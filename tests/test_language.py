@@ -37,8 +37,8 @@ def context(conditioning: Conditioning | None) -> Tensor:
     return conditioning.context
 
 
-def positive(prompt: str, step: int = 0, **changes: object) -> Tensor:
-    return context(guides(prompt, **changes)[step].positive[0][0])
+def positive(prompt: str, models: Models | None = None, **changes: object) -> Tensor:
+    return context(guides(prompt, models, **changes)[0].positive[0][0])
 
 
 def test_weights_scale_the_states_of_their_tokens():
@@ -134,6 +134,20 @@ def test_prompts_joined_by_and_guide_together():
     torch.testing.assert_close(first.denoised, expected, atol=2e-4, rtol=1e-5)
 
 
+def test_comments_are_left_out():
+    assert torch.equal(positive("a cat # on a mat"), positive("a cat "))
+    assert guides("", negative_prompt="# nothing")[0].negative is not None
+
+
+def test_each_prompt_of_an_and_is_edited_by_itself():
+    edited = guides("[cat:dog:0.5] AND sun :0.5")
+    for step, text in ((0, "cat"), (3, "dog")):
+        (first, one), (second, half) = edited[step].positive
+        assert torch.equal(context(first), positive(text))
+        assert torch.equal(context(second), positive(" sun"))
+        assert (one, half) == (1.0, 0.5)
+
+
 def test_malformed_prompts_are_text():
     for prompt in ("((((", "[a:b:c]", "AND", "a AND", "[|", "<lora", "(:1.2", ":0.5", "\\", "BREAK BREAK"):
         assert len(ldm.txt2img(tiny("sd1"), replace(SMALL, prompt=prompt, steps=1))) == 1
@@ -170,7 +184,7 @@ def test_a_tag_changes_the_picture_and_leaves_the_model_as_it_was(stocked: Model
     assert ldm.txt2img(stocked, replace(SMALL, prompt="a cat<lora:style:0>"))[0].tobytes() == plain.tobytes()
     run = ldm.sample(stocked, replace(SMALL, prompt="a cat<lora:style:5>"))
     next(run)
-    run.close()  # in the middle
+    del run  # in the middle
     assert all(torch.equal(w, before[name]) for name, w in stocked.state_dict().items())
 
 

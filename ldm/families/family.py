@@ -16,7 +16,7 @@ from ldm.errors import PromptError
 from ldm.families.infer import Shapes
 from ldm.schedules import NoiseSchedule
 from ldm.text.bert import BertTextModel, WordPiece
-from ldm.text.chunks import BACKTRACK, EmbeddingNames, chunks
+from ldm.text.chunks import BACKTRACK, Chunk, EmbeddingNames, chunks
 from ldm.text.clip import ClipTextModel, Inserted
 from ldm.text.emphasis import weighted
 from ldm.text.prompt import emphasis
@@ -146,17 +146,10 @@ class Family:
         prompt: str,
         picture: Picture,
     ) -> Conditioning:
-        """The prompt language but for AND and editing, which are none of a single encoding's business."""
         assert isinstance(tokenizer, Tokenizer)
         mode = picture.compat.emphasis
-        length = min(e.config.context_length for e in encoders if isinstance(e, ClipTextModel))
-        pieces = chunks(
-            emphasis(prompt, mode),
-            tokenizer.encode,
-            length=length - 2,
-            embeddings=EmbeddingNames(tokenizer.encode, {n: len(e) for n, e in picture.embeddings.items()}),
-            backtrack=min(BACKTRACK, length // 3),
-        )
+        length = context_length(encoders)
+        pieces = chunked(tokenizer, prompt, picture, length)
         weights = torch.tensor([chunk.weight_row(length) for chunk in pieces])  # (chunks, length)
         rows = [chunk.ids for chunk in pieces] + ([()] if mode == "comfyui" else [])
         contexts, pooled = [], None
@@ -186,6 +179,23 @@ class Family:
         if self.vector is None or pooled is None:
             return Conditioning(context)
         return Conditioning(context, self.vector(pooled, picture))
+
+
+def context_length(encoders: Sequence[nn.Module]) -> int:
+    """How many tokens CLIP encoders read at once, START and END included."""
+    return min(e.config.context_length for e in encoders if isinstance(e, ClipTextModel))
+
+
+def chunked(tokenizer: Tokenizer, prompt: str, picture: Picture, length: int) -> list[Chunk]:
+    """A prompt without editing and AND, as its encoders read it: in chunks of `length` - 2 tokens."""
+    vectors = {name: len(embedding) for name, embedding in picture.embeddings.items()}
+    return chunks(
+        emphasis(prompt, picture.compat.emphasis),
+        tokenizer.encode,
+        length=length - 2,
+        embeddings=EmbeddingNames(tokenizer.encode, vectors),
+        backtrack=min(BACKTRACK, length // 3),
+    )
 
 
 def size_embedding(numbers: Sequence[float], like: Tensor) -> Tensor:

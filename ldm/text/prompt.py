@@ -32,7 +32,7 @@ _POWERS = dict(enumerate(accumulate([1.0] + [UP] * 100, mul))) | {
     -n: power for n, power in enumerate(accumulate([1.0] + [DOWN] * 100, mul))
 }  # of 1.1, by repeated multiplication, as in the original: pieces are joined where weights are equal
 
-_TAG = re.compile(r"<(\w+):([^>]+)>")
+_TAG = re.compile(r"<(lora|lyco|hypernet):([^>]+)>")
 # Whole words; not r"\bAND\b", which is tried at every letter: these skip to the next "AND" at once.
 _AND = re.compile(r"AND(?<=\bAND)\b")
 _BREAK = re.compile(r"BREAK(?<=\bBREAK)\b")
@@ -49,7 +49,7 @@ def too_many(text: str) -> bool:
 class Tag:
     """An extra network: <lora:name:0.8>, <lora:name:0.8:0.5>, <lora:name:unet=0.5>, <hypernet:name:1>."""
 
-    kind: str  # "lora", "lyco", "hypernet", or whatever stood there
+    kind: str  # "lora", "lyco" (which is the same) or "hypernet"; others are plain text
     args: tuple[str, ...]
     named: Mapping[str, str]
 

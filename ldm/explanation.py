@@ -1,0 +1,157 @@
+"""What a request will do, told before it is done: `print(ldm.explain(models, request))`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ldm import lora
+from ldm.families import Picture
+from ldm.families.family import chunked, context_length
+from ldm.guidance import needs_negative
+from ldm.models import Models
+from ldm.pipeline import Plan, plan
+from ldm.request import Request
+from ldm.spacings import SPACINGS
+from ldm.text import editing
+from ldm.text.clip import ClipTextModel
+from ldm.text.prompt import compose
+from ldm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """One prompt that guides a part of the run."""
+
+    first: int  # step, counted from 1
+    last: int
+    weight: float  # beside others joined by AND
+    chunks: tuple[tuple[tuple[str, float], ...], ...]  # (token, its weight) in each chunk
+    space: int  # tokens that fit into a chunk
+
+    def __str__(self) -> str:
+        steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
+        head = steps if self.weight == 1.0 else f"{steps}, weight {self.weight:g}"
+        return "\n".join([f"  {head}", *(f"    {self._chunk(i)}" for i in range(len(self.chunks)))])
+
+    def _chunk(self, i: int) -> str:
+        runs = groupby(self.chunks[i], key=lambda token: token[1])
+        pieces = [
+            text if weight == 1.0 else f"({text}: {weight:.4g})"
+            for weight, run in runs
+            for text in [" ".join(token for token, _ in run)]
+        ]
+        return f"{len(self.chunks[i])} of {self.space} tokens: {' '.join(pieces)}".rstrip(": ")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that `explain` finds out; as text, a page for people."""
+
+    model: str
+    run: Plan
+    evaluations: int  # of the network on one picture, the halves of guidance not counted twice
+    prompt: tuple[Text, ...]
+    negative: tuple[Text, ...]  # empty where it is not needed
+    files: tuple[str, ...]  # LoRA files and the like, and what of them fits
+
+    def __str__(self) -> str:
+        run = self.run
+        label = SPACINGS[run.spacing].label
+        sigmas = " ".join(f"{sigma:.4g}" for sigma in run.sigmas)
+        lines = [
+            f"model: {self.model}",
+            f"picture: {run.width} x {run.height}, {run.request.batch_size} at once",
+            f"sampler: {run.sampler.name}, schedule {label}, {len(run.sigmas) - 1} steps",
+            f"evaluations of the network: {self.evaluations}, cfg scale {run.cfg_scale:g}",
+            f"sigmas: {sigmas}",
+            "prompt:",
+            *map(str, self.prompt),
+            *(
+                ["negative prompt:", *map(str, self.negative)]
+                if self.negative
+                else ["negative prompt: not used"]
+            ),
+            *(f"file: {line}" for line in self.files),
+        ]
+        return "\n".join(lines)
+
+
+def explain(models: Models, request: Request) -> Explanation:
+    """Tell what `txt2img` would do: tokens, weights, when prompts change, files, sigmas, evaluations.
+
+    Costs no evaluation of the network. Raises what `plan` raises.
+    """
+    run = plan(models, request)
+    parts = compose(run.prompt)
+    needed = models.family.parts and needs_negative([weight for _, weight in parts], run.cfg_scale)
+    networks = run.networks
+    return Explanation(
+        model=f"{models.name}: {models.describe()}",
+        run=run,
+        evaluations=_evaluations(run),
+        prompt=tuple(text for part in parts for text in _texts(models, run, *part)),
+        negative=tuple(_texts(models, run, run.negative_prompt, 1.0)) if needed else (),
+        files=(
+            *(
+                f"{path.name}, {unet:g} for the UNet, {text:g} for the text: "
+                f"{lora.coverage(models, lora.read(path))}"
+                for path, unet, text in networks.loras
+            ),
+            *(f"{path.name}, hypernetwork, {multiplier:g}" for path, multiplier in networks.hypernetworks),
+            *(f"{e.path.name}, embedding of {len(e)} vectors" for e in networks.embeddings.values()),
+        ),
+    )
+
+
+def _texts(models: Models, run: Plan, prompt: str, weight: float) -> Iterator[Text]:
+    first, steps = 1, len(run.sigmas) - 1
+    schedule = editing.schedule(prompt, steps)
+    late = run.request.compat.late_first_edit
+    for segment, run_of_steps in groupby(range(steps), key=lambda step: schedule.at(step, late=late)):
+        last = first + len([*run_of_steps]) - 1
+        yield Text(first, last, weight, *_tokens(models, run, schedule.text(segment)))
+        first = last + 1
+
+
+def _tokens(models: Models, run: Plan, text: str) -> tuple[tuple[tuple[tuple[str, float], ...], ...], int]:
+    """The tokens of each chunk with their weights, and how many fit; words for encoders that are not CLIP."""
+    tokenizer, request = models.tokenizer or Tokenizer(), run.request
+    if not isinstance(tokenizer, Tokenizer) or not any(isinstance(e, ClipTextModel) for e in models.text):
+        words = tuple((word, 1.0) for word in text.split())
+        return (words,), len(words)
+    picture = Picture(
+        width=run.width,
+        height=run.height,
+        negative=False,
+        clip_skip=request.clip_skip,
+        compat=request.compat,
+        embeddings=run.networks.embeddings,
+    )
+    length = context_length(models.text)
+    found = []
+    for chunk in chunked(tokenizer, text, picture, length):
+        tokens = [tokenizer.decode([token]).strip() for token in chunk.ids]
+        for place, name in chunk.embeddings:
+            count = len(run.networks.embeddings[name])
+            tokens[place : place + count] = [f"<{name} {i + 1}/{count}>" for i in range(count)]
+        found.append(tuple(zip(tokens, chunk.weights, strict=True)))
+    return tuple(found), length - 2
+
+
+def _evaluations(run: Plan) -> int:
+    """Counted by running the sampler on one number; adaptive samplers choose by the picture, too."""
+    calls = 0
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x / (1 + sigma**2)
+
+    x = torch.full((1, 1, 1, 1), run.sigmas[0])
+    noise = torch.zeros_like(x)
+    for _ in run.sampler(denoise, x, run.sigmas, lambda *_: noise, **run.request.sampler_options()):
+        pass
+    return calls
