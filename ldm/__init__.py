@@ -6,16 +6,22 @@ ldm.txt2img(models, ldm.Request(prompt="a red apple", seed=7))[0].save("apple.pn
 """
 
 from ldm.checkpoint import load, load_vae
+from ldm.compat import PROFILES, Compatibility
 from ldm.errors import CheckpointError, LdmError, PromptError, RequestError, SamplerError
+from ldm.explanation import explain
+from ldm.library import Library
 from ldm.models import Models
 from ldm.pipeline import decode, pictures, plan, sample, txt2img
 from ldm.request import Request
 from ldm.samplers import SAMPLERS
 
 __all__ = [
+    "PROFILES",
     "SAMPLERS",
     "CheckpointError",
+    "Compatibility",
     "LdmError",
+    "Library",
     "Models",
     "PromptError",
     "Request",
@@ -23,6 +29,7 @@ __all__ = [
     "SamplerError",
     "__version__",
     "decode",
+    "explain",
     "load",
     "load_vae",
     "pictures",

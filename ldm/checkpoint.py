@@ -22,6 +22,7 @@ from ldm.families.family import UNET, VAE, BertPart, Part, strip
 from ldm.families.infer import bert_config, clip_config, unet_config, vae_config
 from ldm.formats import WeightFile, read
 from ldm.formats.mapped import printable
+from ldm.library import NO_LIBRARY, Library
 from ldm.models import V_MARKER, ZERO_SNR_MARKER, Models
 from ldm.text.bert import BertTextModel, WordPiece
 from ldm.text.clip import ClipTextModel
@@ -68,6 +69,7 @@ def load(
     prediction: Prediction | str | None = None,
     ema: bool = False,
     vocabulary: str | os.PathLike[str] | None = None,
+    library: Library = NO_LIBRARY,
 ) -> Models:
     """Load a checkpoint of any known family.
 
@@ -79,6 +81,7 @@ def load(
     prediction: "eps" or "v", to overrule what the file says.
     ema: take the averaged UNet weights, where the file holds both.
     vocabulary: BERT's vocab.txt, which text2image-large needs for its prompts.
+    library: the folders with LoRA files, embeddings and hypernetworks that prompts may name.
 
     Raises CheckpointError, one line, if the file is damaged, incomplete or something else.
     """
@@ -124,6 +127,7 @@ def load(
         source,
         vae_path=None if vae is None else Path(vae),
         ema=ema,
+        library=library,
     )
 
 

@@ -76,7 +76,9 @@ def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Req
     Of several requests, one that fails is reported and the others go on. Ctrl-C ends the run after the step
     or the picture at hand. Raises LdmError if the requests do not fit the model, OSError as `save` does.
     """
-    steps = len(plan(models, replace(requests[0], prompt="", negative_prompt="")).sigmas) - 1
+    # Of several, a prompt that cannot work is told when its turn comes.
+    first = requests[0] if len(requests) == 1 else replace(requests[0], prompt="", negative_prompt="")
+    steps = len(plan(models, first).sigmas) - 1
     print(f"{models.name}: {models.describe()}", file=sys.stderr)
     total, done, failed = sum(request.batch_size for request in requests), 0, False
     seed = requests[0].seed  # of the next picture

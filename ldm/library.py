@@ -41,6 +41,9 @@ class Library:
         return _find(self.hypernetworks, name, "hypernetwork")
 
 
+NO_LIBRARY = Library()
+
+
 def files(folder: Path) -> dict[str, Path]:
     """The weight files below `folder`, by their names in it without ending: "people/ann".
 

@@ -14,7 +14,7 @@ from ldm.errors import LdmError
 from ldm.families.family import UNET, VAE, ClipPart, Family
 from ldm.files import sha256
 from ldm.formats import write_safetensors
-from ldm.library import Library
+from ldm.library import NO_LIBRARY, Library
 from ldm.text.bert import WordPiece
 from ldm.text.openclip_names import to_openclip
 from ldm.text.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ class Models:
     path: Path | None = None  # the file they came from
     vae_path: Path | None = None  # the file of the VAE, if it was another one
     ema: bool = False  # the UNet's weights are the averaged ones of that file
-    library: Library = Library()  # noqa: RUF009 - frozen; where names in prompts are looked up
+    library: Library = NO_LIBRARY  # where names in prompts are looked up
 
     @property
     def unet(self) -> UNet:

@@ -45,6 +45,9 @@ def parser() -> Parser:
     p.add_argument("positional", metavar="prompt", nargs="?", help="what to draw")
     p.add_argument("--prompt", help="the same as a flag")
     p.add_argument("--from-file", type=Path, metavar="FILE", help="draw each line of a text file")
+    p.add_argument(
+        "--from-picture", type=Path, metavar="FILE", help="draw a picture again, from the settings it carries"
+    )
     p.add_argument("--negative", "--negative-prompt", default="", metavar="TEXT", help="what to avoid")
     p.add_argument(
         "--seed", type=int, default=42, help="of the first picture, the next have seed + 1, ...; -1: random"
@@ -63,6 +66,26 @@ def parser() -> Parser:
     )
     p.add_argument("--n-iter", type=int, default=1, metavar="N", help="batches for each prompt")
     p.add_argument("--clip-skip", type=int, metavar="N", help="2: the text encoder's last layer but one")
+    p.add_argument(
+        "--explain", action="store_true", help="tell tokens, weights, levels and files, and draw nothing"
+    )
+
+    words = p.add_argument_group("files that a prompt names, see docs/prompts.md")
+    words.add_argument(
+        "--models-dir", type=Path, metavar="FOLDER", help="where --from-picture finds files by their hashes"
+    )
+    words.add_argument("--lora-dir", type=Path, metavar="FOLDER", help="for <lora:name:0.8>")
+    words.add_argument("--embeddings-dir", type=Path, metavar="FOLDER", help="for names of embeddings")
+    words.add_argument("--hypernetwork-dir", type=Path, metavar="FOLDER", help="for <hypernet:name:1>")
+    words.add_argument("--style", action="append", default=[], metavar="NAME", help="of the styles file")
+    words.add_argument("--styles-file", type=Path, default=Path("styles.csv"), metavar="FILE")
+
+    noise = p.add_argument_group("variations, and pictures of other programs")
+    noise.add_argument("--variation-seed", type=int, default=0, metavar="N", help="mix in the noise of this")
+    noise.add_argument("--variation-strength", type=float, default=0.0, metavar="X", help="0 to 1")
+    noise.add_argument("--seed-resize-from", metavar="WxH", help="keep the composition of this size")
+    noise.add_argument("--ensd", type=int, default=0, metavar="N", help="eta noise seed delta")
+    noise.add_argument("--compat", default="ldm", metavar="NAME", help="a1111, comfyui, diffusers, compvis")
 
     model = p.add_argument_group("model")
     model.add_argument(
@@ -134,9 +157,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser()
     a = p.parse_args(words)
 
-    sources = [source for source in (a.positional, a.prompt, a.from_file) if source is not None]
-    if len(sources) != 1:
-        p.error("give one prompt, or a file of prompts with --from-file")
+    sources = (a.positional, a.prompt, a.from_file, a.from_picture)
+    if sum(source is not None for source in sources) != 1:
+        p.error("give one prompt, a file of prompts with --from-file, or a picture with --from-picture")
     a.prompt = a.positional if a.prompt is None else a.prompt
 
     if a.plms:
@@ -160,7 +183,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def requests(a: argparse.Namespace) -> list[Request]:
     """One request for each batch. Raises LdmError if a value makes no sense for any model."""
-    from ldm import Request, RequestError
+    from ldm import Request, RequestError, styles
+    from ldm.compat import profile
     from ldm.samplers import parse as parse_sampler
 
     for name, value in (("--n-iter", a.n_iter), ("--n-rows", a.n_rows)):
@@ -191,6 +215,11 @@ def requests(a: argparse.Namespace) -> list[Request]:
         sigma_min=a.sigma_min,
         sigma_max=a.sigma_max,
         rho=a.rho,
+        variation_seed=a.variation_seed,
+        variation_strength=a.variation_strength,
+        seed_resize_from=size(a.seed_resize_from) if a.seed_resize_from else None,
+        ensd=a.ensd,
+        compat=profile(a.compat),
     )
     # Where the model chooses the sampler, any will do to read the name of the schedule.
     sampler, _ = parse_sampler(a.sampler or "Euler", a.schedule)
@@ -200,7 +229,19 @@ def requests(a: argparse.Namespace) -> list[Request]:
     prompts = [a.prompt] if a.from_file is None else read_prompts(a.from_file)
     batches = [prompt for prompt in prompts for _ in range(a.n_iter)]
     stride = 0 if a.fixed_code else a.batch_size
-    return [replace(first, prompt=prompt, seed=first.seed + i * stride) for i, prompt in enumerate(batches)]
+    found = [replace(first, prompt=prompt, seed=first.seed + i * stride) for i, prompt in enumerate(batches)]
+    known = styles.read(a.styles_file) if a.style else {}
+    return [styles.apply(request, known, a.style) for request in found]
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "512x768" -> (512, 768). Raises RequestError."""
+    from ldm import RequestError
+
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise RequestError(f"a size is written as 512x768, got {text!r}")
+    return int(width), int(height)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -223,26 +264,47 @@ def draw(a: argparse.Namespace) -> int:
     import ldm
     from ldm import cli
     from ldm.images import grid
+    from ldm.replay import prepare
 
-    todo = requests(a)
-    for path in (a.ckpt, a.vae, a.vocabulary):
+    todo = [] if a.from_picture else requests(a)
+    for path in (a.ckpt, a.vae, a.vocabulary, a.from_picture):
         if path is not None and not path.exists():
             raise ldm.RequestError(f"there is no file {path}")
-    pictures = len(todo) * a.batch_size
+    for path in (a.lora_dir, a.embeddings_dir, a.hypernetwork_dir, a.models_dir):
+        if path is not None and not path.is_dir():
+            raise ldm.RequestError(f"there is no folder {path}")
+    pictures = len(todo) * a.batch_size or 1
     output = cli.Output(a.out, a.overwrite)
-    output.prepare(pictures)
-    models = ldm.load(
-        a.ckpt,
-        device=cli.device(a.device),
-        dtype=getattr(torch, a.dtype) if a.dtype else None,
-        vae=a.vae,
-        prediction=a.prediction,
-        ema=a.ema,
-        vocabulary=a.vocabulary,
-    )
+    if not a.explain:
+        output.prepare(pictures)
+    device = cli.device(a.device)
+    models = None
+    if a.ckpt or not a.from_picture:
+        models = ldm.load(
+            a.ckpt,
+            device=device,
+            dtype=getattr(torch, a.dtype) if a.dtype else None,
+            vae=a.vae,
+            prediction=a.prediction,
+            ema=a.ema,
+            vocabulary=a.vocabulary,
+            library=ldm.Library(a.lora_dir, a.embeddings_dir, a.hypernetwork_dir),
+        )
+    wanted = None  # of a batch; None: all
+    if a.from_picture:
+        found = prepare(a.from_picture, models, [a.models_dir] if a.models_dir else [], device=device)
+        for note in found.notes:
+            print(f"txt2img: {note}", file=sys.stderr)
+        models, todo, wanted = found.models, [found.request], found.request.single(found.place)
+    assert models is not None
+    if a.explain:
+        print("\n\n".join(str(ldm.explain(models, request)) for request in todo))
+        return 0
     sheet: list[Image] = []
 
     def save(image: Image, request: Request) -> None:
+        if wanted not in (None, request):
+            return
         if not a.skip_save:
             output.save(image, str(request.seed))
         if 1 < pictures <= MAX_GRID and not a.no_grid:
