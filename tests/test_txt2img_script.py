@@ -236,6 +236,42 @@ def test_one_bad_prompt_does_not_stop_the_others(tmp_path: Path, capsys: pytest.
     assert main(["a cat", *words, "--out", str(tmp_path / "out")]) == 2
 
 
+def test_files_that_a_prompt_names_and_styles(
+    draw, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert draw("a cat <lora:x:1>") == cli.Exit.USAGE
+    assert "no folder with such files is given" in capsys.readouterr().err
+    assert draw("a cat <lora:x:1>", "--lora-dir", str(tmp_path / "none")) == cli.Exit.USAGE
+    assert "there is no folder" in capsys.readouterr().err
+    assert draw("a cat <lora:x:1>", "--lora-dir", str(tmp_path)) == cli.Exit.USAGE
+    assert "there is no LoRA 'x'" in capsys.readouterr().err
+    (tmp_path / "styles.csv").write_text('name,prompt,negative_prompt\nfilm,"{prompt}, film grain",digital\n')
+    monkeypatch.chdir(tmp_path)
+    assert draw("a cat", "--style", "film", "--compat", "a1111", "--variation-strength", "0.2") == 0
+    written = text(tmp_path / "out" / "00000-42.png")
+    assert written.startswith("a cat, film grain\nNegative prompt: digital\n")
+    assert "Variation seed strength: 0.2" in written
+    assert draw("a cat", "--compat", "paint") == cli.Exit.USAGE
+    assert draw("a cat", "--seed-resize-from", "big") == cli.Exit.USAGE
+
+
+def test_explaining_draws_nothing(draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert draw("a (red:1.3) [cat:dog:0.5]", "--explain") == 0
+    told = capsys.readouterr().out
+    assert "  step 1\n    3 of 75 tokens: a (red: 1.3) cat\n  step 2\n" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_is_drawn_again(draw, tmp_path: Path, checkpoint: Path):
+    assert draw("a (red:1.2) cat", "--batch-size", "2", "--sampler", "Euler a", "--no-grid") == 0
+    second = tmp_path / "out" / "00001-43.png"
+    again = tmp_path / "again.png"
+    words = ["--from-picture", str(second), "--models-dir", str(checkpoint.parent), "--out", str(again)]
+    assert main(words) == 0
+    assert pixels(again) == pixels(second)
+    assert text(again) == text(second)
+
+
 def test_a_full_disk_is_exit_code_3(
     draw, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
 ):
