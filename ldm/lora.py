@@ -8,6 +8,7 @@ step, nothing to compile anew, and only the touched layers are exchanged.
 """
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +94,12 @@ def read(path: str | os.PathLike[str]) -> LoraFile:
             raise _error(file.path, f"'{printable(module)}' has two tensors for '{name}'")
         groups[module][name] = tensor
         files_names[module, name] = key
+    stated = _peft_settings(file.metadata)
     modules: dict[str, dict[str, Delta]] = {}
     for module, tensors in groups.items():
+        if "down" in tensors and "alpha" not in tensors and tensors["down"].ndim:
+            alpha = _peft_alpha(stated, module, len(tensors["down"]))
+            tensors |= {} if alpha is None else {"alpha": torch.tensor(alpha)}
         try:
             changes, left = parse(tensors)
         except CheckpointError as error:
@@ -115,6 +121,29 @@ def _split(key: str) -> tuple[str, str] | None:
         if (match := ending.search(key)) and match.start():
             return key[: match.start()], name or match[1]
     return None
+
+
+def _peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What diffusers writes of PEFT's configuration, "unet.lora_alpha" and so on; empty where it did not."""
+    try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _peft_alpha(settings: Mapping[str, Any], module: str, rank: int) -> float | None:
+    """The alpha of a module of which the file has none: PEFT keeps it in the configuration."""
+    part = module.partition(".")[0]
+    alpha, patterns = settings.get(f"{part}.lora_alpha"), settings.get(f"{part}.alpha_pattern")
+    for ending, value in patterns.items() if isinstance(patterns, dict) else ():
+        if f".{module}".endswith(f".{ending}"):
+            alpha = value
+            break
+    if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+        return None
+    # Rank-stabilised LoRA divides by the root of the rank: Kalajdzievski 2023, arXiv:2312.03732, equation 3.
+    return alpha * math.sqrt(rank) if settings.get(f"{part}.use_rslora") is True else float(alpha)
 
 
 def coverage(models: Models, lora: LoraFile) -> Coverage:

@@ -262,6 +262,25 @@ def test_what_is_no_lora_is_refused_in_one_line_that_names_the_file(tensors: dic
         read(path)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"unet.lora_alpha": NaN}',
+        f'{{"unet.lora_alpha": 1{"0" * 400}}}',
+        '{"unet.r": []}',
+    ],
+)
+def test_strange_settings_of_peft_are_left_aside(settings: str, tmp_path):
+    tensors = {key.replace(KEY, "unet.mid_block.attentions.0.proj_in"): t for key, t in PAIR.items()}
+    [changes] = read(
+        write(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=settings)
+    ).modules.values()
+    assert torch.equal(changes["weight"].change(torch.zeros(64, 64)), torch.full((64, 64), 2.0))
+
+
 def test_one_module_under_two_names_is_refused(tmp_path):
     other = {key.replace(KEY, "unet.mid_block.attentions.0.proj_in"): t for key, t in PAIR.items()}
     with pytest.raises(CheckpointError, match="twice, under two names"):

@@ -171,3 +171,36 @@ def test_we_read_a_file_of_diffusers_and_peft(family: str, dora: bool, tmp_path:
         assert coverage(models, lora).unmatched == ()
         with applied(models, [(lora, 1.0)]):
             torch.testing.assert_close(prediction(models.unet, models), expected, rtol=0, atol=2e-5)
+
+
+@needs("diffusers", "peft")
+def test_alpha_is_found_where_diffusers_keeps_it(tmp_path: Path):
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    models = tiny("sd1")
+    pipeline = peer_pipeline(models, None)
+    pipeline.unet.add_adapter(
+        LoraConfig(
+            r=4,
+            lora_alpha=2,
+            target_modules=["to_q", "to_k"],
+            use_rslora=True,
+            alpha_pattern={"attn1.to_q": 8},
+        )
+    )
+    torch.manual_seed(0)
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    expected = prediction(pipeline.unet, models, peer=True)
+    pipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet)),
+        **_collate_lora_metadata({"unet": pipeline.unet}),
+    )
+    (path,) = tmp_path.iterdir()
+    with applied(models, [(path, 1.0)]):
+        torch.testing.assert_close(prediction(models.unet, models), expected, rtol=0, atol=2e-5)
