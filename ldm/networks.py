@@ -24,14 +24,15 @@ class Networks:
     loras: tuple[tuple[Path, float, float], ...] = ()  # file, multiplier for the UNet, for the text encoders
     hypernetworks: tuple[tuple[Path, float], ...] = ()  # file, multiplier
     embeddings: Mapping[str, Embedding] = field(default_factory=dict)  # by the name in the prompt
+    names: Mapping[Path, str] = field(default_factory=dict)  # what the tags of the prompt call these files
 
     @cached_property
     def hashes(self) -> Mapping[str, Mapping[str, str]]:
         """For the text in the picture, by the web UI's names of these fields."""
         found = {
-            "Lora hashes": {path.stem: lora.short_hash(path) for path, *_ in self.loras},
+            "Lora hashes": {self.names[path]: lora.short_hash(path) for path, *_ in self.loras},
             "TI hashes": {name: sha256(e.path)[:12] for name, e in self.embeddings.items()},
-            "Hypernet hashes": {path.stem: sha256(path)[:10] for path, _ in self.hypernetworks},
+            "Hypernet hashes": {self.names[path]: sha256(path)[:10] for path, _ in self.hypernetworks},
         }
         return MappingProxyType({kind: names for kind, names in found.items() if names})
 
@@ -44,16 +45,19 @@ def find(models: Models, prompt: str, negative_prompt: str) -> tuple[str, Networ
     """
     library = models.library
     text, found = tags(prompt)
-    loras, hypernetworks = [], []
+    loras, hypernetworks, names = [], [], {}
     for tag in found:
         text_multiplier, unet_multiplier = tag.multipliers()
         if tag.kind == "hypernet":
-            hypernetworks.append((library.hypernetwork(tag.name), text_multiplier))
+            path = library.hypernetwork(tag.name)
+            hypernetworks.append((path, text_multiplier))
         else:
-            loras.append((library.lora(tag.name), unet_multiplier, text_multiplier))
+            path = library.lora(tag.name)
+            loras.append((path, unet_multiplier, text_multiplier))
+        names[path] = tag.name
     words = f"{text}\n{negative_prompt}"
     embeddings = load_folder(library.embeddings, models.text, words) if library.embeddings else {}
-    return text, Networks(tuple(loras), tuple(hypernetworks), embeddings)
+    return text, Networks(tuple(loras), tuple(hypernetworks), embeddings, names)
 
 
 @contextmanager

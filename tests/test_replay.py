@@ -17,9 +17,11 @@ from ldm.files import sha256
 from ldm.formats import write_safetensors
 from ldm.images import save
 from ldm.infotext import parse
+from ldm.library import Library
 from ldm.replay import diff, prepare, replay
 from ldm.request import Request
 from ldm.samplers import SAMPLERS
+from tests.lora.test_lora import lora_tensors
 from tests.tiny_families import tiny
 
 SMALL = Request(prompt="a red apple", negative_prompt="blur", seed=5, width=16, height=16, steps=3)
@@ -130,6 +132,30 @@ def test_parts_chosen_by_hand_replay(folder: Path, tmp_path: Path, chosen: str):
     }
     assert expected[chosen] in image.info["parameters"]
     assert_same(replay(tmp_path / "x.png", folders=[folder]), image)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "embedding"])
+def test_files_of_the_prompt_are_found_by_hash(kind: str, tmp_path: Path):
+    """Renamed and moved; under the old name lies another file."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new / "below"):
+        folder.mkdir(parents=True)
+    if kind == "LoRA":
+        tensors, others = (lora_tensors(tiny("sd1"), seed) for seed in (0, 1))
+        prompt, name = "a red apple <lora:style:0.8:0.5>", "other"
+    else:
+        tensors, others = {"emb_params": torch.ones(2, 64)}, {"emb_params": -torch.ones(2, 64)}
+        prompt, name = "a red apple in style", "style"  # a word of the prompt: it cannot have another name
+    write_safetensors(old / "style.safetensors", tensors, {})
+    write_safetensors(new / "style.safetensors", others, {})
+    write_safetensors(new / "below" / f"{name}.safetensors", tensors, {})
+    models = replace(tiny("sd1"), library=Library(loras=old, embeddings=old if kind != "LoRA" else None))
+    [image] = ldm.txt2img(models, replace(SMALL, prompt=prompt))
+    found = prepare(image, tiny("sd1"), [new])
+    assert found.notes == ()
+    assert_same(found.draw(), image)
+    [plain] = ldm.txt2img(tiny("sd1"), replace(SMALL, prompt="a red apple in style"))
+    assert plain.tobytes() != image.tobytes()
 
 
 def test_a_picture_alone_is_not_said_to_be_of_a_batch():
