@@ -12,14 +12,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm import formats
 from ldm.errors import CheckpointError, RequestError
@@ -152,30 +153,29 @@ def coverage(models: Models, lora: LoraFile) -> Coverage:
     Raises CheckpointError, with the reason, if the file was made for another family.
     """
     matched, missing = _match(models, lora, names(models))
-    return Coverage(tuple(dict.fromkeys(key for key, *_ in matched)), (*missing, *lora.unmatched))
+    return Coverage(tuple(dict.fromkeys(match.key for match in matched)), (*missing, *lora.unmatched))
 
 
 @contextmanager
 def applied(models: Models, loras: Iterable[Use]) -> Iterator[None]:
     """Within the block, the model's weights are W + sum of multiplier * change, computed in float32.
 
-    Each change is that of the weights at entry, so the order of `loras` does not matter, to the bit. At exit,
-    also by an exception, the weights are what they were, to the bit. Blocks can be nested; one block with
-    all files is faster, and in half precision it rounds once.
+    Each change is one of the pristine weights W, and half precision rounds once, so that the order of files
+    does not matter, to the bit. When the last block that changes a weight ends, also by an exception, the
+    weight is W again, to the bit. Blocks may be nested and may end in any order, as abandoned runs do.
 
     Raises CheckpointError if a file is damaged, was made for another family or does not fit, and RequestError
     for a multiplier that is not finite; then no weight has changed.
     """
-    plan = _plan(models, loras)
-    originals: list[tuple[Tensor, Tensor]] = []
+    done: list[tuple[nn.Parameter, list[Change]]] = []
     try:
-        for weight, changes in plan:
-            originals.append((weight, weight.clone()))
-            weight.copy_(_merged(weight, changes))
+        for weight, changes in _plan(models, loras):
+            done.append((weight, changes))
+            _add(weight, changes)
         yield
     finally:
-        for weight, original in reversed(originals):
-            weight.copy_(original)
+        for weight, changes in done:
+            _remove(weight, changes)
 
 
 def short_hash(path: str | os.PathLike[str]) -> str:
@@ -201,40 +201,82 @@ def short_hash(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()[:12]
 
 
-Match = tuple[str, Place, str, Delta]  # the file's name of a module; the model's; "weight" or "bias"; change
-Change = tuple[float, Delta]
+class Change(NamedTuple):
+    """What one use of a file does to one weight."""
+
+    file: str
+    multiplier: float
+    delta: Delta
 
 
-def _plan(models: Models, loras: Iterable[Use]) -> list[tuple[Tensor, list[Change]]]:
-    """Each weight that changes, with its changes in an order that does not depend on that of `loras`."""
+class Merged(NamedTuple):
+    """A weight's own value, and all that is merged into it at the moment."""
+
+    pristine: Tensor
+    changes: list[Change]
+
+
+# Kept beside the models and not in the blocks, since two blocks may overlap and each may end first.
+_MERGED: MutableMapping[nn.Parameter, Merged] = WeakIdKeyDictionary()
+
+
+def _plan(models: Models, loras: Iterable[Use]) -> list[tuple[nn.Parameter, list[Change]]]:
+    """Each weight that changes, with its changes. All is checked, and nothing done yet."""
     uses = []
     for lora, unet, *rest in loras:
         text = rest[0] if rest else unet
         if not (math.isfinite(unet) and math.isfinite(text)):
             raise RequestError(f"a LoRA's multiplier must be a finite number, got {unet} and {text}")
         uses.append((lora if isinstance(lora, LoraFile) else read(lora), unet, text))
-    if not uses:
+    if not uses:  # then the network need not be a UNet
         return []
-    uses.sort(key=lambda use: (str(use[0].path), *use[1:]))
     known, networks = names(models), parts(models)
-    changes: dict[Place, list[Change]] = {}
+    plan: dict[Place, list[Change]] = {}
     for lora, unet, text in uses:
-        for _, (part, module), kind, delta in _match(models, lora, known)[0]:
-            multiplier = unet if part == "unet" else text
+        for match in _match(models, lora, known)[0]:
+            multiplier = unet if match.place.part == "unet" else text
             if multiplier:
-                changes.setdefault(Place(part, f"{module}.{kind}"), []).append((multiplier, delta))
-    return [(networks[part].get_parameter(name).detach(), found) for (part, name), found in changes.items()]
+                weight = Place(match.place.part, f"{match.place.name}.{match.kind}")
+                plan.setdefault(weight, []).append(Change(str(lora.path), multiplier, match.delta))
+    return [(networks[part].get_parameter(name), changes) for (part, name), changes in plan.items()]
 
 
 @torch.no_grad()
-def _merged(weight: Tensor, changes: list[Change]) -> Tensor:
-    base = weight.float()
-    total = sum(multiplier * delta.to(weight.device).change(base) for multiplier, delta in changes)
-    merged = (base + total).to(weight.dtype)
+def _add(weight: nn.Parameter, changes: list[Change]) -> None:
+    if weight not in _MERGED:
+        _MERGED[weight] = Merged(weight.clone(), [])
+    _MERGED[weight].changes.extend(changes)
+    merged = _sum(*_MERGED[weight]).to(weight.dtype)
     if not merged.isfinite().all():
         dtype = str(weight.dtype).removeprefix("torch.")
         raise CheckpointError(f"with these LoRA files a weight overflows in {dtype}; use smaller multipliers")
-    return merged
+    weight.copy_(merged)
+
+
+@torch.no_grad()
+def _remove(weight: nn.Parameter, changes: list[Change]) -> None:
+    pristine, present = _MERGED[weight]
+    present[:] = [change for change in present if not any(change is own for own in changes)]
+    if present:
+        weight.copy_(_sum(pristine, present))
+    else:
+        weight.copy_(pristine)
+        del _MERGED[weight]
+
+
+def _sum(pristine: Tensor, changes: list[Change]) -> Tensor:
+    """The merged weight in float32, added up in an order that does not depend on when a file was applied."""
+    base, total = pristine.float(), torch.zeros_like(pristine, dtype=torch.float32)
+    for _, multiplier, delta in sorted(changes, key=lambda change: (change.file, change.multiplier)):
+        total += multiplier * delta.to(base.device).change(base)
+    return base + total
+
+
+class Match(NamedTuple):
+    key: str  # the file's name of a module
+    place: Place  # the model's
+    kind: str  # "weight" or "bias"
+    delta: Delta
 
 
 def _match(models: Models, lora: LoraFile, known: Mapping[str, Place]) -> tuple[list[Match], list[str]]:
@@ -264,7 +306,7 @@ def _match(models: Models, lora: LoraFile, known: Mapping[str, Place]) -> tuple[
                 raise _error(
                     lora.path, f"'{printable(key, 80)}': {error}; is it for another model?"
                 ) from None
-            matched.append((key, place, kind, delta))
+            matched.append(Match(key, place, kind, delta))
     if not matched:
         raise _error(
             lora.path, f"none of its {len(missing)} modules is in this model ({models.family.title})"
