@@ -71,7 +71,7 @@ def parser() -> Parser:
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: with bitsandbytes")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="(0.01)")
     add("--max-grad-norm", type=float, default=1.0, metavar="X", help="longer gradients are cut (1)")
-    add("--min-snr-gamma", type=float, default=5.0, metavar="X", help="weight of low noise (5); 0: all alike")
+    add("--min-snr-gamma", type=float, default=0.0, metavar="X", help="5: less weight to low noise (0: off)")
     add("--noise-offset", type=float, default=0.0, metavar="X", help="0.05 to 0.1 for darker pictures (0)")
     add("--prior-loss-weight", type=float, default=1.0, metavar="X", help="of --reg-data (1)")
     add("--clip-skip", type=int, metavar="N", help="2: the text encoder's last layer but one")

@@ -50,7 +50,7 @@ class LoraConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0  # gradients longer than this are cut to it; 0: never
-    min_snr_gamma: float = 5.0  # weight of levels of little noise; 0: all count alike
+    min_snr_gamma: float = 0.0  # 5 gives levels of little noise less weight; 0: all count alike
     noise_offset: float = 0.0  # noise in the mean of each channel, for darker and lighter pictures
     prior_loss_weight: float = 1.0  # of the pictures for prior preservation
     clip_skip: int | None = None  # None: as the model's family
@@ -70,6 +70,10 @@ class LoraConfig:
             raise LdmError("unet_lr and text_encoder_lr are both 0: there is nothing to train")
         if self.ema_decay >= 1:
             raise LdmError(f"ema_decay must be below 1, got {self.ema_decay:g}")
+        if self.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise LdmError(
+                "adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or take adamw"
+            )
 
 
 def steps_per_epoch(data: Dataset, config: LoraConfig) -> int:
@@ -312,8 +316,6 @@ def _optimizer(network: LoraNetwork, config: LoraConfig) -> torch.optim.Optimize
     groups = network.groups(config.unet_lr, config.text_encoder_lr)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise LdmError("adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or take adamw")
     bitsandbytes: Any = importlib.import_module("bitsandbytes")
     return bitsandbytes.optim.AdamW8bit(groups, weight_decay=config.weight_decay)
 

@@ -58,14 +58,16 @@ class Addition(nn.Module):
     ) -> None:
         """Random `down`, zero `up`: at first, nothing is changed. Hu et al. 2021, section 4.1."""
         super().__init__()
-        if isinstance(base, nn.Linear):
-            self.lora_down = nn.Linear(base.in_features, rank, bias=False)
-            self.lora_up = nn.Linear(rank, base.out_features, bias=False)
-        else:
-            # The networks have no groups, no dilation and only zero padding.
-            shape: Any = (base.kernel_size, base.stride, base.padding)
-            self.lora_down = nn.Conv2d(base.in_channels, rank, *shape, bias=False)
-            self.lora_up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
+        with torch.device("meta"):  # the weights are drawn below, from our own generator
+            if isinstance(base, nn.Linear):
+                self.lora_down = nn.Linear(base.in_features, rank, bias=False)
+                self.lora_up = nn.Linear(rank, base.out_features, bias=False)
+            else:
+                # The networks have no groups, no dilation and only zero padding.
+                shape: Any = (base.kernel_size, base.stride, base.padding)
+                self.lora_down = nn.Conv2d(base.in_channels, rank, *shape, bias=False)
+                self.lora_up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
+        self.to_empty(device="cpu")
         self.scale = alpha / rank
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         # Uniform as in kohya's trainer; the paper draws from a Gaussian.

@@ -229,3 +229,35 @@ def test_two_processes_train_as_one_with_both_batches(tmp_path: Path):
     for name, p in model.named_parameters():
         # The gradients are summed in another order, and Adam divides small ones by their own size.
         torch.testing.assert_close(two[f"model.{name}"], p.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_summands_of_a_loss_are_added_and_groups_have_their_own_rates(tmp_path: Path):
+    config = replace(CONFIG, steps=1, lr=0.5, warmup=1, decay=0.0, ema_decay=0.0, clip_norm=math.inf)
+    results = []
+    for name in ("whole", "summands"):
+        model = network()
+        first, last = list(model.parameters())[:4], list(model.parameters())[4:]
+        groups = [{"params": first, "factor": 0.1}, {"params": last}]
+        made = Run(model, config, tmp_path / name, optimizer=torch.optim.SGD(groups, lr=1.0))
+        loss = loss_of(model)
+
+        def summands(generator: torch.Generator, loss=loss):
+            total = loss(generator)
+            yield total / 4
+            yield loss(step_generator(config.seed, 0, 0)) * 0.75
+
+        before = [p.detach().clone() for p in model.parameters()]
+        made.train(loss if name == "whole" else summands, samples_per_step=4)
+        assert [group["lr"] for group in made.optimizer.param_groups] == [0.05, 0.5]
+        results.append([p.detach() - q for p, q in zip(model.parameters(), before, strict=True)])
+        assert not [key for key in read(made.state_path).tensors if key.startswith("ema.")]
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+def test_further_settings_are_checked_on_resume(tmp_path: Path):
+    model = network()
+    Run(model, CONFIG, tmp_path, facts={"data": "a", "size": (1, 2)}).save()
+    assert Run(network(), CONFIG, tmp_path, facts={"data": "a", "size": (1, 2)}).resume()
+    with pytest.raises(LdmError, match="another data;"):
+        Run(network(), CONFIG, tmp_path, facts={"data": "b", "size": (1, 2)}).resume()
