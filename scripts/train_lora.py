@@ -160,9 +160,8 @@ def train(a: argparse.Namespace) -> int:
         samples, batches = data.samples, len(data.batches(config.batch_size, config.seed, 0))
         print(f"{models.name}: {models.describe()}", file=sys.stderr)
         print(
-            f"{len(data.examples)} pictures, {len(samples)} with repeats, "
-            f"in {len(set(data.buckets))} buckets: "
-            f"{batches} batches, {steps} steps an epoch, {config.epochs * steps} steps in all",
+            f"{len(data.examples)} pictures, {len(samples)} with repeats; buckets: {len(set(data.buckets))}; "
+            f"batches: {batches}; {steps} steps an epoch, {config.epochs * steps} in all",
             file=sys.stderr,
         )
 

@@ -499,7 +499,7 @@ def test_the_command_line_trains_saves_and_samples(train, tmp_path: Path, capsys
     assert train("--epochs", "2", "--save-every", "1", "--sample-prompt", "a cat", "--sample-every", "2") == 0
     said = capsys.readouterr()
     assert said.out == f"{tmp_path / 'loras/cat.safetensors'}\n"
-    assert "2 pictures, 4 with repeats, in 2 buckets: 4 batches, 4 steps an epoch, 8 steps in all" in said.err
+    assert "2 pictures, 4 with repeats; buckets: 2; batches: 4; 4 steps an epoch, 8 in all" in said.err
     assert "step 8/8" in said.err
     names = {path.relative_to(tmp_path / "loras").as_posix() for path in (tmp_path / "loras").rglob("*.*")}
     assert names == {
