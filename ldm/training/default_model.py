@@ -66,7 +66,7 @@ SMALL = Scope(
         scale_shift_norm=True,
     ),
     text=ClipTextConfig(width=128, layers=2, heads=2, context_length=24, quick_gelu=True),
-    loop=LoopConfig(steps=7200, lr=8e-4, warmup=100, ema_decay=0.998, save_every=125),
+    loop=LoopConfig(steps=6900, lr=8e-4, warmup=100, ema_decay=0.998, save_every=125),
     batch=64,
 )
 FULL = Scope(
