@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ldm import infotext, lora
+from ldm import interpret, lora
 from ldm.checkpoint import DEFAULT_MODEL, load
 from ldm.errors import CheckpointError, LdmError
 from ldm.families import ClipPart
 from ldm.files import sha256
 from ldm.formats.mapped import printable
 from ldm.images import read_text
-from ldm.infotext import Infotext, parse
+from ldm.infotext import Infotext, infotext, parse
 from ldm.library import Library, files
 from ldm.models import Models
 from ldm.pipeline import picture, plan, sample
@@ -85,7 +85,7 @@ def prepare(
     info = settings(source)
     if not info.fields:
         raise LdmError("the text of this picture holds a prompt, but no settings")
-    request, notes = infotext.request(info)
+    request, notes = interpret.request(info)
     places = [Path(folder) for folder in folders]
     for place in places:
         if not place.is_dir():
@@ -100,9 +100,9 @@ def prepare(
         1
     ]:  # the web UI writes its clip skip into all pictures, and uses it for SD1
         request = replace(request, clip_skip=None)
-    request, place = infotext.batch(info, request) if info.ours else (request, 0)
+    request, place = interpret.batch(info, request) if info.ours else (request, 0)
     run = plan(models, request)
-    text = infotext.infotext(run.settled, models, run.networks.hashes, place=place)
+    text = infotext(run.settled, models, run.networks.hashes, place=place)
     notes += _differences(info, parse(text))
     return Replay(models, request, place, tuple(printable(note, 200) for note in notes))
 
@@ -123,7 +123,7 @@ def diff(a: Source | Request, b: Source | Request) -> list[tuple[str, object, ob
     """
     if isinstance(a, Request) or isinstance(b, Request):
         left, right = (
-            _flat(x if isinstance(x, Request) else infotext.request(settings(x))[0]) for x in (a, b)
+            _flat(x if isinstance(x, Request) else interpret.request(settings(x))[0]) for x in (a, b)
         )
     else:
         left, right = (
@@ -179,7 +179,7 @@ def _checkpoint(
         device=device,
         dtype=getattr(torch, precision) if precision in ("float32", "float16", "bfloat16") else None,
         vae=vae,
-        prediction=infotext.prediction(info),
+        prediction=interpret.prediction(info),
         ema=info.fields.get("EMA") == "True",
     )
     usual = models.family.prediction

@@ -13,7 +13,8 @@ import torch
 
 from ldm.compat import PROFILES, Compatibility
 from ldm.denoise import Prediction
-from ldm.infotext import Infotext, infotext, parse, quote, request
+from ldm.infotext import Infotext, infotext, parse, quote
+from ldm.interpret import request
 from ldm.request import Request
 from tests.golden import golden
 from tests.tiny_families import tiny
