@@ -128,7 +128,14 @@ def train(a: argparse.Namespace) -> int:
     import ldm
     from ldm import cli, images
     from ldm.training.loop import rank_and_world
-    from ldm.training.lora import LoraConfig, Snapshot, check_trainable, steps_per_epoch, train_lora
+    from ldm.training.lora import (
+        LoraConfig,
+        Snapshot,
+        check_trainable,
+        cut_captions,
+        steps_per_epoch,
+        train_lora,
+    )
     from ldm.training.lora_data import DataConfig, load_dataset
     from ldm.training.lora_metadata import metadata
     from ldm.training.lora_network import NetworkConfig
@@ -164,6 +171,9 @@ def train(a: argparse.Namespace) -> int:
             f"batches: {batches}; {steps} steps an epoch, {config.epochs * steps} in all",
             file=sys.stderr,
         )
+        cut, limit = cut_captions(models, data)
+        if cut:
+            print(f"{cut} captions are cut off after {limit} tokens", file=sys.stderr)
 
     def save(snapshot: Snapshot, path: Path) -> None:
         facts = metadata(models, data, network, config, snapshot, a.out.stem)

@@ -98,6 +98,14 @@ def check_trainable(models: Models) -> None:
         raise LdmError(f"{family.title} needs more than a text; train on the plain text-to-image model")
 
 
+def cut_captions(models: Models, data: Dataset) -> tuple[int, int]:
+    """How many captions are longer than what the text encoders read, and that many tokens."""
+    tokenizer = models.tokenizer or Tokenizer()
+    positions = min(e.config.context_length for e in models.text if isinstance(e, ClipTextModel))
+    limit = positions - 2  # START and END
+    return sum(len(tokenizer.encode(one.caption)) > limit for one in data.examples), limit
+
+
 def encoded(models: Models, drawn: Sequence[Drawn], clip_skip: int | None) -> Conditioning:
     """What the UNet is told of a batch. Texts longer than the encoder's positions are cut off."""
     tokenizer = models.tokenizer or Tokenizer()
@@ -242,6 +250,8 @@ def train_lora(
     facts = _facts(models, data, network_config, config)
     run = Run(network, loop, folder, optimizer=_optimizer(network, config), facts=facts)
     run.resume()
+    if run.step > loop.steps:
+        raise LdmError(f"the run in {folder} is at step {run.step}, beyond {loop.steps}; ask for more epochs")
 
     abar = torch.tensor(models.denoiser.schedule.alphas_cumprod, dtype=torch.float32, device=device)
     prediction = models.denoiser.prediction

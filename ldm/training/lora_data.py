@@ -119,7 +119,7 @@ def examples(root: Path, *, prior: bool = False) -> list[Example]:
         if match is None or int(match[1]) == 0:
             raise LdmError(f"{folder}: a folder of pictures must be named <repeats>_<name>, such as 10_cat")
         for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in SUFFIXES:
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
                 text = _caption(path.with_suffix(".txt"), match[2])
                 found.append(Example(path, text, folder.name, int(match[1]), prior, _size(path)))
     if not found:

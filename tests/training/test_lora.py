@@ -30,6 +30,7 @@ from ldm.training.lora import (
     Snapshot,
     check_trainable,
     checkpointed,
+    cut_captions,
     denoising_loss,
     encoded,
     steps_per_epoch,
@@ -243,6 +244,13 @@ def test_captions_are_encoded_as_prompts_are(family: str):
                 torch.testing.assert_close(ours[i : i + 1], theirs, atol=1e-5, rtol=1e-5)  # batched products
 
 
+def test_captions_that_are_cut_off_are_counted():
+    data = dataset((1, 1))
+    long = replace(data.examples[0], caption="cat " * 76)
+    fits = replace(data.examples[0], caption="cat " * 75)
+    assert cut_captions(tiny("sd1"), replace(data, examples=[long, fits])) == (1, 75)
+
+
 def test_sdxl_is_told_the_original_size_and_the_crop():
     models = tiny("sdxl")
     plain, cut = (
@@ -372,6 +380,8 @@ def test_a_constant_rate_may_go_on_for_more_epochs_and_a_cosine_may_not(tmp_path
     assert longer is not None
     assert at_once is not None
     assert all(torch.equal(w, at_once.weights[name]) for name, w in longer.weights.items())
+    with pytest.raises(LdmError, match="ask for more epochs"):
+        train_lora(models, data, LORA, replace(CONFIG, epochs=1), tmp_path / "constant")
     with pytest.raises(LdmError, match="another epochs"):
         train_lora(models, data, LORA, replace(CONFIG, scheduler="cosine"), tmp_path / "cosine")
 
