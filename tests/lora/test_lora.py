@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,26 @@ def test_an_exception_restores_too(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted(models, write(tmp_path / "a.safetensors", lora_tensors(models)))
     assert same(before, weights(models))
+
+
+def test_a_compiled_network_sees_the_change_and_is_not_compiled_again(tmp_path):
+    models = tiny("sd1")
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(models.unet, backend=backend, fullgraph=True)
+    inputs = torch.ones(1, 4, 8, 8), torch.tensor([500.0]), torch.ones(1, 7, 64)
+    with torch.no_grad():
+        before = compiled(*inputs)
+        with applied(models, [(write(tmp_path / "a.safetensors", lora_tensors(models)), 1.0)]):
+            changed = compiled(*inputs)
+            torch.testing.assert_close(changed, models.unet(*inputs))
+        assert torch.equal(compiled(*inputs), before)
+    assert not torch.allclose(changed, before, atol=0.01)
+    assert len(graphs) == 1
 
 
 def test_multiplier_zero_touches_nothing(tmp_path):
