@@ -51,6 +51,11 @@ def published(family: str) -> Models:
     return Models(BY_NAME[family], denoiser, None, text)
 
 
+@cache
+def known(family: str) -> dict[str, Place]:
+    return names(published(family))
+
+
 def manifest(name: str) -> dict:
     """Of a LoRA. Those whose names are all in another one's are only in the complete data."""
     for folder in (GOLDEN, Path(os.environ.get("LDM_GOLDEN", GOLDEN))):
@@ -66,18 +71,16 @@ def test_we_adapt_the_modules_that_kohya_adapts_under_the_same_names(name: str):
     keys = {key.split(".")[0] for key in manifest(f"lora-{name}")["tensors"]}
     places = trained(models, convolutions="conv3x3" in name)
     assert {kohya_key(models, place) for place in places} == keys
-    known = names(models)
-    assert {locate(kohya_key(models, place), known) for place in places} == set(places)
+    assert {locate(kohya_key(models, place), known(KOHYA[name])) for place in places} == set(places)
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_names_of_diffusers_and_peft_are_found(name: str):
-    known = names(published(DIFFUSERS[name]))
     layouts = [value for value in manifest(f"lora-{name}").values() if isinstance(value, dict)]
     assert len(layouts) == 2
     for layout in layouts:
         keys = {re.sub(r"\.lora.*", "", key) for key in layout}
-        assert len({locate(key, known) for key in keys} - {None}) == len(keys)
+        assert len({locate(key, known(DIFFUSERS[name])) for key in keys} - {None}) == len(keys)
 
 
 SD1_NAMES = {
@@ -113,7 +116,7 @@ def test_every_way_to_write_a_name_means_the_same_module(part: str, key: str):
         "unet": "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0",
         "te": "text_model.encoder.layers.3.self_attn.q_proj",
     }
-    assert locate(key, names(published("sd1"))) == Place(part, where[part])
+    assert locate(key, known("sd1")) == Place(part, where[part])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_every_way_to_write_a_name_means_the_same_module(part: str, key: str):
     ],
 )
 def test_the_two_encoders_of_sdxl_are_told_apart(key: str, part: str):
-    assert locate(key, names(published("sdxl"))) == Place(part, "text_model.encoder.layers.3.mlp.fc1")
+    assert locate(key, known("sdxl")) == Place(part, "text_model.encoder.layers.3.mlp.fc1")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_the_two_encoders_of_sdxl_are_told_apart(key: str, part: str):
     ["", "lora_unet_", "lora_unet_middle_block_9", "lora_te2_text_model_encoder_layers_0_mlp_fc1", "te"],
 )
 def test_what_the_model_lacks_is_not_found(key: str):
-    assert locate(key, names(published("sd1"))) is None
+    assert locate(key, known("sd1")) is None
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -152,10 +155,10 @@ def test_the_unet_has_the_names_and_shapes_of_diffusers(family: str):
 @pytest.mark.parametrize("family", BY_NAME)
 def test_no_two_modules_of_a_family_share_a_name(family: str):
     models = tiny(family)
-    known = names(models)
+    found = names(models)
     for part, network in parts(models).items():
         for name, module in network.named_modules():
             if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
-                assert known[f"{part}/{name.removeprefix('text_model.').replace('.', '_')}"].name == name
-    places = set(known.values())
+                assert found[f"{part}/{name.removeprefix('text_model.').replace('.', '_')}"].name == name
+    places = set(found.values())
     assert len({kohya_key(models, place) for place in places}) == len(places)
