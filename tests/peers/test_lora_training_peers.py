@@ -10,7 +10,7 @@ import torch
 from tests.peers.test_diffusers_pipeline import peer_pipeline
 from tests.peers.test_lora_peers import needs, prediction
 from tests.tiny_families import tiny
-from tests.training.test_lora import DORA, LOCON, LORA, randomised, snapshot
+from tests.training.lora_cases import DORA, LOCON, LORA, randomised, snapshot
 
 
 @needs("diffusers", "peft")

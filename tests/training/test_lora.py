@@ -1,191 +1,45 @@
-"""Training a LoRA: it starts from nothing, touches nothing else, can be stopped anywhere, its file loads."""
+"""Training a LoRA: its objective, its steps, its settings, and that it can be stopped anywhere."""
 
-import gzip
 import json
 import os
 import random
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-import ldm.lora
-from ldm.denoise import Denoiser, Prediction
+from ldm.denoise import Prediction
 from ldm.errors import LdmError
-from ldm.families import Picture
-from ldm.families.sd1 import SD1
-from ldm.families.sd2 import SD2
-from ldm.families.sdxl import SDXL
 from ldm.formats import read
-from ldm.models import Models
 from ldm.schedules import NoiseSchedule
-from ldm.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipTextModel
 from ldm.training.lora import (
     LoraConfig,
-    Snapshot,
     check_trainable,
-    checkpointed,
     cut_captions,
     denoising_loss,
     encoded,
     steps_per_epoch,
     train_lora,
 )
-from ldm.training.lora_data import DataConfig, Dataset, Drawn, Example
+from ldm.training.lora_data import Dataset, Drawn
 from ldm.training.lora_metadata import metadata
-from ldm.training.lora_network import LoraNetwork, NetworkConfig
-from ldm.unet import SD1_UNET, SD2_UNET, SDXL_UNET, UNet
-from scripts.train_lora import main
-from tests.golden import golden
+from ldm.training.lora_network import LoraNetwork
 from tests.tiny_families import tiny
-
-LORA = NetworkConfig(network_dim=4, network_alpha=2.0)
-LOCON = replace(LORA, conv_dim=2, conv_alpha=3.0)
-DORA = replace(LOCON, dora=True)
-KINDS = {"lora": LORA, "locon": LOCON, "dora": DORA}
-FAMILIES = ("embedded", "sd1", "sd2", "sdxl")
-CASES = [*((family, "locon") for family in FAMILIES), ("sd1", "lora"), ("sdxl", "dora"), ("embedded", "dora")]
-CONFIG = LoraConfig(unet_lr=1e-3, text_encoder_lr=5e-4, epochs=2, batch_size=2)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def seen(text: str = "a red cat, sitting", **sizes: tuple[int, int]) -> Drawn:
-    picture = Picture(width=64, height=64, negative=False, clip_skip=None, **sizes)  # pyright: ignore[reportArgumentType]
-    return Drawn(torch.randn(4, 8, 8, generator=generator()), text, picture, prior=False)
-
-
-def output(models: Models) -> Tensor:
-    """Of the text encoders and the UNet, for fixed inputs."""
-    told = encoded(models, [seen(), seen("dog")], None)
-    x = torch.randn(2, 4, 8, 8, generator=generator(1))
-    return models.unet(x, torch.tensor([100.0, 900.0]), told.context, told.vector)
-
-
-def randomised(models: Models, config: NetworkConfig) -> LoraNetwork:
-    """A network as if it had been trained."""
-    network = LoraNetwork(models, config)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            change = 0.1 * torch.randn(p.shape, generator=generator(len(name)))
-            p.copy_(p * (1 + change) if "dora" in name else p + change)
-    return network
-
-
-def snapshot(network: LoraNetwork) -> Snapshot:
-    return Snapshot(1, 1, dict(network.state_dict()))
-
-
-# --- the network
-
-
-@pytest.mark.parametrize(("family", "kind"), CASES)
-def test_a_new_network_changes_no_bit_of_the_output(family: str, kind: str):
-    models = tiny(family)
-    with torch.no_grad():
-        before = output(models)
-        with LoraNetwork(models, KINDS[kind]).attached():
-            assert torch.equal(output(models), before)
-
-
-@pytest.mark.parametrize(("family", "kind"), CASES)
-def test_the_file_gives_what_the_network_gave(tmp_path: Path, family: str, kind: str):
-    models = tiny(family)
-    network = randomised(models, KINDS[kind])
-    path = tmp_path / "style.safetensors"
-    snapshot(network).save(path, {}, torch.float32)
-    with torch.no_grad():
-        before = output(models)
-        with network.attached():
-            trained = output(models)
-        assert torch.equal(output(models), before)  # detached, nothing is left
-        lora = ldm.lora.read(path)
-        assert ldm.lora.coverage(models, lora).unmatched == ()
-        with ldm.lora.applied(models, [(lora, 1.0)]):
-            loaded = output(models)
-    assert (trained - before).abs().max() > 1e-2
-    # W x + s B A x against (W + s B A) x: rounding of float32, on outputs of about 1.
-    torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=1e-5)
-
-
-META = {
-    "lora-kohya-sd15-with-conv3x3": (SD1, SD1_UNET, (CLIP_L,), 2),
-    "lora-kohya-sd2": (SD2, SD2_UNET, (OPENCLIP_H,), 0),
-    "lora-kohya-sdxl-with-conv3x3": (SDXL, SDXL_UNET, (CLIP_L, OPENCLIP_BIGG), 2),
-}
-
-
-@pytest.mark.parametrize("manifest", META)
-def test_names_and_shapes_are_those_of_kohyas_trainer(manifest: str):
-    family, unet, texts, conv_dim = META[manifest]
-    with torch.device("meta"):
-        denoiser = Denoiser(UNet(unet), NoiseSchedule.scaled_linear(), Prediction.EPS)
-        models = Models(family, denoiser, None, tuple(ClipTextModel(text) for text in texts))
-    network = LoraNetwork(models, NetworkConfig(network_dim=4, network_alpha=2.0, conv_dim=conv_dim))
-    made = {name: list(w.shape) for name, w in network.state_dict().items()}
-    with gzip.open(golden(f"manifests/{manifest}.json.gz")) as file:
-        assert made == json.load(file)["tensors"]
-
-
-def test_the_scale_is_alpha_over_rank():
-    models = tiny("sd1")
-    key = "lora_unet_mid_block_attentions_0_proj_in"
-    outputs = []
-    for alpha in (2.0, 6.0):
-        network = LoraNetwork(models, NetworkConfig(network_dim=4, network_alpha=alpha), text=False)
-        nn.init.ones_(network[key].lora_up.weight)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-        layer = network.layers[key]
-        x = torch.randn(1, 64, 2, 2, generator=generator())
-        with torch.no_grad():
-            before = layer(x)
-            with network.attached():
-                outputs.append(layer(x) - before)
-    torch.testing.assert_close(outputs[1], 3 * outputs[0])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_reach_only_the_additions(kind: str):
-    models = tiny("embedded")
-    network = randomised(models, KINDS[kind])
-    with network.attached():
-        output(models).square().mean().backward()
-    assert all(p.grad is None for part in (models.unet, *models.text) for p in part.parameters())
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
-
-
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_checkpointing_gives_the_same_gradients_and_leaves_the_model_as_it_was(family: str):
-    models = tiny(family)
-    names = [name for name, _ in models.unet.named_modules()]
-    gradients = []
-    for saving in (False, True):
-        network = randomised(models, DORA)
-        with network.attached():
-            if saving:
-                with checkpointed(models):
-                    output(models).square().mean().backward()
-            else:
-                output(models).square().mean().backward()
-        gradients.append([p.grad for p in network.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other)
-    assert [name for name, _ in models.unet.named_modules()] == names
-
-
-def test_parts_with_rate_zero_get_no_additions():
-    models = tiny("sdxl")
-    assert all(key.startswith("lora_unet_") for key in LoraNetwork(models, LORA, text=False))
-    text = LoraNetwork(models, LORA, unet=False)
-    assert {key[:9] for key in text} == {"lora_te1_", "lora_te2_"}
-
+from tests.training.lora_cases import (
+    CONFIG,
+    DORA,
+    FAMILIES,
+    LOCON,
+    LORA,
+    dataset,
+    generator,
+    output,
+    seen,
+    snapshot,
+)
 
 # --- the objective
 
@@ -277,19 +131,6 @@ class Interrupted(Dataset):
         if len(self.drawn) == self.after:
             os.kill(os.getpid(), signal.SIGINT)
         return super().draw(index, rng)
-
-
-def dataset(counts: tuple[int, ...] = (3, 2), prior: int = 0, **settings: float) -> Dataset:
-    """Random latents in two buckets; `counts` are repeats."""
-    config = DataConfig(resolution=64, bucket_step=8, min_bucket=32, max_bucket=128, **settings)  # pyright: ignore[reportArgumentType]
-    items = [
-        Example(Path(f"{i}.png"), f"a cat, number {i}, sitting", "3_cat", repeats, i >= len(counts), (64, 64))
-        for i, repeats in enumerate([*counts, *[1] * prior])
-    ]
-    shapes = [(8, 8) if i % 2 else (4, 16) for i in range(len(items))]
-    latents = [torch.randn(2, 4, *shape, generator=generator(i)).half() for i, shape in enumerate(shapes)]
-    buckets = [(8 * w, 8 * h) for h, w in shapes]
-    return Dataset(config, items, buckets, latents, "the same")
 
 
 def test_steps_are_counted_over_buckets_batches_and_accumulation():
@@ -478,76 +319,3 @@ def test_metadata_are_those_that_tools_read():
     assert json.loads(facts["ss_tag_frequency"])["3_cat"]["a cat"] == 2
     assert (facts["ss_num_train_images"], facts["ss_num_reg_images"]) == ("8", "8")
     assert all(isinstance(value, str) for value in facts.values())
-
-
-# --- the command line
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
-    tiny("embedded").save(path)
-    return path
-
-
-@pytest.fixture
-def train(checkpoint: Path, tmp_path: Path) -> Callable[..., int]:
-    folder = tmp_path / "photos" / "2_cat"
-    folder.mkdir(parents=True)
-    for i, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (40 + 8 * i, 40), colour).save(folder / f"{colour}.png")
-
-    def run(*words: str) -> int:
-        out = tmp_path / "loras" / "cat.safetensors"
-        common = ["--data", str(tmp_path / "photos"), "--out", str(out), "--ckpt", str(checkpoint)]
-        return main([*common, "--device", "cpu", "--network_dim", "2", *words])
-
-    return run
-
-
-def test_the_command_line_trains_saves_and_samples(train, tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert train("--epochs", "2", "--save-every", "1", "--sample-prompt", "a cat", "--sample-every", "2") == 0
-    said = capsys.readouterr()
-    assert said.out == f"{tmp_path / 'loras/cat.safetensors'}\n"
-    assert "2 pictures, 4 with repeats; buckets: 2; batches: 4; 4 steps an epoch, 8 in all" in said.err
-    assert "step 8/8" in said.err
-    names = {path.relative_to(tmp_path / "loras").as_posix() for path in (tmp_path / "loras").rglob("*.*")}
-    assert names == {
-        "cat.safetensors",
-        "cat-000001.safetensors",
-        "cat/loss.csv",
-        "cat/state.safetensors",
-        "cat/latents.safetensors",
-        "cat/samples/000002-0.png",
-    }
-    file = read(tmp_path / "loras/cat.safetensors")
-    assert file.metadata["ss_epoch"] == "2"
-    assert all(w.dtype is torch.float16 for w in file.tensors.values())
-    written = (tmp_path / "loras/cat.safetensors").read_bytes()
-    assert train("--epochs", "2") == 0  # nothing is left to do
-    assert (tmp_path / "loras/cat.safetensors").read_bytes() == written
-
-
-def test_mistakes_are_one_sentence_and_exit_code_2(train, tmp_path: Path, capsys: pytest.CaptureFixture):
-    def answer(*words: str) -> str:
-        assert train(*words) == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert len(said.err.splitlines()) == 1
-        return said.err
-
-    assert "there is no folder" in answer("--data", str(tmp_path / "nowhere"))
-    assert "epochs must be 1 or more" in answer("--epochs", "0")
-    assert "multiple of 8" in answer("--no-buckets", "--resolution", "44")
-    if not _has_bitsandbytes():
-        assert "bitsandbytes" in answer("--optimizer", "adamw8bit")
-    with pytest.raises(SystemExit) as end:
-        train("--out", "cat.ckpt")
-    assert end.value.code == 2
-    assert "must end in .safetensors" in capsys.readouterr().err
-
-
-def _has_bitsandbytes() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("bitsandbytes") is not None
