@@ -12,7 +12,7 @@ from ldm.explanation import explain
 from ldm.library import Library
 from ldm.models import Models
 from ldm.pipeline import decode, pictures, plan, sample, txt2img
-from ldm.replay import diff, replay
+from ldm.reproduce import diff, replay
 from ldm.request import Request
 from ldm.samplers import SAMPLERS
 

@@ -60,7 +60,7 @@ REMARKS = (
     *("Version", "User", "Batch size", "Batch pos", "Created Date"),
     *("Civitai resources", "Civitai metadata", "Template", "Negative Template"),
 )
-"""Fields that decide nothing, or nothing that a `Request` could: `ldm.replay` sees to the files."""
+"""Fields that decide nothing, or nothing that a `Request` could: `ldm.reproduce` sees to the files."""
 
 ELSEWHERE = (
     *("Denoising strength", "Hires upscale", "Hires resize", "Hires steps", "Hires upscaler"),

@@ -264,7 +264,7 @@ def draw(a: argparse.Namespace) -> int:
     import ldm
     from ldm import cli
     from ldm.images import grid
-    from ldm.replay import prepare
+    from ldm.reproduce import prepare
 
     todo = [] if a.from_picture else requests(a)
     for path in (a.ckpt, a.vae, a.vocabulary, a.from_picture):
@@ -292,7 +292,8 @@ def draw(a: argparse.Namespace) -> int:
         )
     wanted = None  # of a batch; None: all
     if a.from_picture:
-        found = prepare(a.from_picture, models, [a.models_dir] if a.models_dir else [], device=device)
+        folders = (a.models_dir, a.lora_dir, a.embeddings_dir, a.hypernetwork_dir)
+        found = prepare(a.from_picture, models, [f for f in folders if f is not None], device=device)
         for note in found.notes:
             print(f"txt2img: {note}", file=sys.stderr)
         models, todo, wanted = found.models, [found.request], found.request.single(found.place)

@@ -18,7 +18,7 @@ from ldm.errors import LdmError, PromptError, RequestError, SamplerError
 from ldm.families.family import size_embedding
 from ldm.models import Models
 from ldm.pipeline import conditioning, decode, plan, sample, txt2img
-from ldm.replay import diff
+from ldm.reproduce import diff
 from ldm.request import MAX_SEED, Request
 from ldm.samplers import SAMPLERS
 from ldm.samplers.step import Step

@@ -34,4 +34,5 @@ def weighted(mode: Emphasis, z: Tensor, weights: Tensor, empty: Tensor | None = 
     if mode == "no norm":
         return scaled
     before, after = (t.mean((1, 2), keepdim=True, dtype=torch.float32) for t in (z, scaled))  # (chunks, 1, 1)
-    return scaled * (before / after).to(z)
+    ratio = torch.where(after == 0, 1.0, before / after)  # no mean to bring back: a final norm without bias
+    return scaled * ratio.to(z)

@@ -55,3 +55,10 @@ def test_half_precision_stays_and_the_input_is_not_changed(mode: Emphasis, z: to
     assert torch.equal(half, before)
     # bfloat16 has 8 bits: three roundings of numbers up to about 6.
     torch.testing.assert_close(out.float(), weighted(mode, z, weights, z[:1]), atol=0.1, rtol=0.02)
+
+
+def test_a_mean_of_zero_is_not_divided_by():
+    z = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]])  # (1, 2, 2)
+    assert torch.equal(
+        weighted("original", z, torch.tensor([[1.0, 2.0]])), z * torch.tensor([[[1.0], [2.0]]])
+    )

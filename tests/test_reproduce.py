@@ -18,7 +18,7 @@ from ldm.formats import write_safetensors
 from ldm.images import save
 from ldm.infotext import parse
 from ldm.library import Library
-from ldm.replay import diff, prepare, replay
+from ldm.reproduce import diff, prepare, replay
 from ldm.request import Request
 from ldm.samplers import SAMPLERS
 from tests.lora.test_lora import lora_tensors
