@@ -52,7 +52,7 @@ def test_no_number_of_steps_leaves_the_table(rule):
 @pytest.mark.parametrize("case", [c for c in PARTS if c.get("t_enc") is not None and c["total_steps"]])
 def test_image_to_image_runs_as_many_steps_as_the_webui(case: dict):
     exact = case.get("img2img_fix_steps", True)  # the second pass of hires fix always is
-    steps = case.get("steps", case.get("hires_pass_explicit_steps"))
+    steps = case["steps"] if "steps" in case else case["hires_pass_explicit_steps"]
     rule = "exact" if exact else "webui"
     assert part_of_run(steps, case["denoising_strength"], rule) == (case["total_steps"], case["t_enc"] + 1)
 
