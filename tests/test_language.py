@@ -65,6 +65,23 @@ def test_weights_keep_the_mean_in_every_family(name: str):
         torch.testing.assert_close(plain.mean(), heavy.mean())
 
 
+def test_weights_act_on_the_vector_of_the_embedded_model_too():
+    models = tiny("embedded")
+
+    def vector(prompt: str, **compat: object) -> Tensor:
+        found = guides(prompt, models, compat=Compatibility(**compat))[0].positive[0][0].vector  # pyright: ignore
+        assert found is not None
+        return found
+
+    whole, alone = vector("sun, blue"), vector("sun,")
+    torch.testing.assert_close(vector("sun, (blue:0)"), alone)
+    torch.testing.assert_close(vector("sun, (blue:1.5)"), whole + 0.5 * (whole - alone))
+    assert torch.equal(vector("sun, (blue:1.5)", emphasis="ignore"), whole)
+    # SDXL's is as its makers left it.
+    pooled = [guides(p, tiny("sdxl"))[0].positive[0][0].vector for p in ("a sun", "a (sun:2)")]
+    assert torch.equal(pooled[0], pooled[1])  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_editing_takes_the_step_at_hand(late: bool):
     edited = guides("a [cat:dog:0.5]", compat=Compatibility(late_first_edit=late))

@@ -16,7 +16,7 @@ from ldm.errors import PromptError
 from ldm.families.infer import Shapes
 from ldm.schedules import NoiseSchedule
 from ldm.text.bert import BertTextModel, WordPiece
-from ldm.text.chunks import BACKTRACK, Chunk, EmbeddingNames, chunks
+from ldm.text.chunks import BACKTRACK, EMPTY, Chunk, EmbeddingNames, chunks
 from ldm.text.clip import ClipTextModel, Inserted
 from ldm.text.emphasis import weighted
 from ldm.text.prompt import emphasis
@@ -100,6 +100,7 @@ class Family:
     )  # named spacings that are others for this family
 
     vector: Callable[[Tensor, Picture], Tensor] | None = None  # pooled text (B, P), sizes -> (B, V)
+    weigh_pooled: bool = False  # weights in a prompt act on the pooled text, too, see `_clip_conditioning`
     zero_empty_negative: bool = False  # an empty negative prompt is zeros instead of the encoded ""
     needs: str | None = None  # what a run needs beside a prompt ("a depth picture"); None: text alone will do
     grey_concat: bool = False  # without a picture, the further channels are a full mask and a grey picture
@@ -146,31 +147,45 @@ class Family:
         prompt: str,
         picture: Picture,
     ) -> Conditioning:
+        """The chunks of a prompt in a row, and the vector of the first one.
+
+        With `weigh_pooled`, p + sum of (w - 1) (p - p without the tokens of weight w): at weight 0 a word is
+        as if it were not there. Published models do without; where the vector leads, weights would do little.
+        """
         assert isinstance(tokenizer, Tokenizer)
         mode = picture.compat.emphasis
         length = context_length(encoders)
         pieces = chunked(tokenizer, prompt, picture, length)
         weights = torch.tensor([chunk.weight_row(length) for chunk in pieces])  # (chunks, length)
-        rows = [chunk.ids for chunk in pieces] + ([()] if mode == "comfyui" else [])
+        rows = [*pieces, *([EMPTY] if mode == "comfyui" else [])]
+        weighed = (
+            sorted({w for w in pieces[0].weights if w != 1.0})
+            if self.weigh_pooled and mode != "ignore"
+            else []
+        )
+        rows += [pieces[0].without(weight) for weight in weighed]
         contexts, pooled = [], None
         for i, (encoder, part) in enumerate(zip(encoders, self.parts, strict=True)):
             assert isinstance(encoder, ClipTextModel) and isinstance(part, ClipPart)  # noqa: PT018
             features = encoder(
-                _on(encoder, [tokenizer.pad([*ids], length, part.pad_id) for ids in rows]),
+                _on(encoder, [tokenizer.pad([*chunk.ids], length, part.pad_id) for chunk in rows]),
                 inserted=[
                     Inserted(row, 1 + place, picture.embeddings[name].fitted(encoders)[i])
-                    for row, chunk in enumerate(pieces)
+                    for row, chunk in enumerate(rows)
                     for place, name in chunk.embeddings
                 ],
                 skip=picture.clip_skip or part.skip,
                 final_norm=part.final_norm,
                 pooled=part.pooled,
             )
-            z, empty = features.hidden.split([len(pieces), len(rows) - len(pieces)])
+            z, empty = features.hidden[: len(pieces)], features.hidden[len(pieces) : len(pieces) + 1]
             z = weighted(mode, z, weights, empty)
             contexts.append(z.flatten(0, 1).unsqueeze(0))  # (1, chunks * length, D)
             if part.pooled:
                 pooled = features.pooled[:1]  # of the first chunk
+                less = features.pooled[len(rows) - len(weighed) :]  # (weighed, P)
+                factors = pooled.new_tensor(weighed).unsqueeze(1) - 1
+                pooled = pooled + (factors * (pooled - less)).sum(0, keepdim=True)
         context = torch.cat(contexts, dim=2)
         zeros = self.zero_empty_negative and picture.compat.zero_empty_negative
         if picture.negative and zeros and not prompt.strip():

@@ -36,6 +36,7 @@ EMBEDDED = replace(
     title="ldm's embedded icon model",
     parts=(replace(SD1.parts[0], pooled=True),),
     vector=_pooled,
+    weigh_pooled=True,
     context_dims=(128,),
     only_context_dims=True,
     num_heads=4,

@@ -5,6 +5,7 @@ CLIP has 77 positions: START, 75 tokens and END. The encodings of a long prompt'
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 from ldm.errors import PromptError
@@ -28,6 +29,16 @@ class Chunk(NamedTuple):
     def weight_row(self, length: int = CHUNK + 2) -> list[float]:
         """The weights of `length` positions, with START in front, END and padding behind."""
         return [1.0, *self.weights, *[1.0] * (length - 1 - len(self.weights))]
+
+    def without(self, weight: float) -> "Chunk":
+        """The chunk without its tokens of this weight."""
+        kept = [w != weight for w in self.weights]
+        moved = tuple((sum(kept[:place]), name) for place, name in self.embeddings if kept[place])
+        ids, weights = tuple(compress(self.ids, kept)), tuple(compress(self.weights, kept))
+        return Chunk(ids, weights, moved, len(ids))
+
+
+EMPTY = Chunk((), (), (), 0)
 
 
 class EmbeddingNames:
