@@ -301,7 +301,7 @@ def test_the_split_holds_out_one_family_of_a_third_of_the_things() -> None:
 def test_the_small_scope_has_the_sheet_in_at_least_three_trained_styles() -> None:
     scope = SCOPES["small"]
     subjects = everyday()
-    assert len(subjects) == 161
+    assert len(subjects) == 329
     assert subjects > SHEET
     icons = [icon for subject in sorted(subjects) for icon in drawn(subject, *(scope.styles or ()))]
     trained = Counter(icon.subject for icon in split(icons, scope.families) if not icon.holdout)
