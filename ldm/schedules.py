@@ -144,14 +144,7 @@ def sigmas(
 
     if isinstance(spacing, str):
         name = spacing_name(spacing)
-        if SPACINGS[name].kind is Kind.TABLE and (sigma_min, sigma_max) != (None, None):
-            raise RequestError(
-                f"the spacing {name!r} has fixed ends; use 'karras' to choose sigma_min or sigma_max"
-            )
-        if rho is not None and not SPACINGS[name].takes_rho:
-            raise RequestError(
-                f"the spacing {name!r} has no rho; it belongs to 'karras' and 'polyexponential'"
-            )
+        check_overrides(name, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
         levels = _levels(schedule, n, name, low, high, rho)
     else:
         levels = _custom(spacing, n)
@@ -161,6 +154,19 @@ def sigmas(
     if not all(a > b for a, b in pairwise([*levels, 0.0])):
         raise RequestError(f"the spacing {spacing!r} has no {steps} different levels; ask for fewer steps")
     return [*levels, 0.0]
+
+
+def check_overrides(
+    name: str, *, sigma_min: float | None, sigma_max: float | None, rho: float | None
+) -> None:
+    """Raise RequestError if a spacing, by its name in SPACINGS, has no ends or no rho to choose."""
+    spacing = SPACINGS[name]
+    if spacing.kind is Kind.TABLE and (sigma_min, sigma_max) != (None, None):
+        raise RequestError(
+            f"the spacing {name!r} has fixed ends; use 'karras' to choose sigma_min or sigma_max"
+        )
+    if rho is not None and not spacing.takes_rho:
+        raise RequestError(f"the spacing {name!r} has no rho; it belongs to 'karras' and 'polyexponential'")
 
 
 def ddim_levels(schedule: NoiseSchedule, steps: int, rule: Literal["compvis", "webui"]) -> list[float]:

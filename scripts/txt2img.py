@@ -186,6 +186,7 @@ def requests(a: argparse.Namespace) -> list[Request]:
     from ldm import Request, RequestError, styles
     from ldm.compat import profile
     from ldm.samplers import parse as parse_sampler
+    from ldm.schedules import check_overrides
 
     for name, value in (("--n-iter", a.n_iter), ("--n-rows", a.n_rows)):
         if value is not None and value < 1:
@@ -222,7 +223,9 @@ def requests(a: argparse.Namespace) -> list[Request]:
         compat=profile(a.compat),
     )
     # Where the model chooses the sampler, any will do to read the name of the schedule.
-    sampler, _ = parse_sampler(a.sampler or "Euler", a.schedule)
+    sampler, spacing = parse_sampler(a.sampler or "Euler", a.schedule)
+    if a.sampler is not None or a.schedule is not None:
+        check_overrides(spacing, sigma_min=a.sigma_min, sigma_max=a.sigma_max, rho=a.rho)
     if a.sampler is not None:
         sampler.check_options(first.sampler_options())
 

@@ -66,6 +66,8 @@ def text(path: Path) -> str:
         (["--sampler", "UniPC", "--order", "4"], "the order of UniPC must be one of 1, 2, 3, got 4"),
         (["--sigma-min", "5", "--sigma-max", "3"], "need 0 < sigma_min < sigma_max, got 5 and 3"),
         (["--rho", "0"], "rho must be above 0"),
+        (["--sampler", "Euler", "--rho", "5"], "the spacing 'uniform' has no rho"),
+        (["--schedule", "vp", "--sigma-max", "10"], "the spacing 'vp' has fixed ends"),
         (["--n-rows", "0"], "--n-rows must be at least 1"),
         (["--schedule", "caras"], "did you mean 'karras'"),
         (["--eta", "-1"], "eta must be"),
