@@ -16,10 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ldm import LdmError, Models, Request, txt2img
 from ldm.checkpoint import DEFAULT_MODEL
-from ldm.errors import LdmError
+from ldm.images import grid, save
 from ldm.training.default_model import SCOPES, train_default_model
 from ldm.training.icons import IconSet
+
+SAMPLE = ("apple", "dog face", "cat face", "pizza", "house", "umbrella", "car", "heart")
 
 
 def main() -> int:
@@ -31,7 +34,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks (GPU)")
-    parser.add_argument("--preview-every", type=int, default=500, metavar="STEPS")
+    parser.add_argument(
+        "--preview-every", type=int, default=500, metavar="STEPS", help="checkpoint and sheet to look at"
+    )
     args = parser.parse_args()
 
     if "RANK" in os.environ:  # started by torchrun
@@ -50,6 +55,7 @@ def main() -> int:
             seconds=args.minutes * 60,
             compile=args.compile,
             preview_every=args.preview_every,
+            watch=lambda models: draw_sample(models, folder / "preview.png"),
         )
         if models is None:
             print("not finished; the same command goes on from here", file=sys.stderr)
@@ -73,6 +79,12 @@ def main() -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def draw_sample(models: Models, path: Path) -> None:
+    """A sheet of a few pictures by the model as it is."""
+    pictures = [txt2img(models, Request(prompt=prompt, steps=10))[0] for prompt in SAMPLE]
+    save(grid(pictures, 4), path, overwrite=True)
 
 
 if __name__ == "__main__":

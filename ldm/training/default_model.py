@@ -5,7 +5,7 @@ the latents. Two scopes with the same code: SMALL is what two CPU cores reach in
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,11 +102,12 @@ def train_default_model(
     seconds: float,
     compile: bool,
     preview_every: int,
+    watch: Callable[[Models], None] = lambda models: None,
 ) -> Models | None:
     """Go on with the recipe in `folder` for about `seconds`. Returns the finished model, or None.
 
     `folder` holds the state of each stage. Every `preview_every` steps of the last one, the model as it is
-    goes to preview.safetensors there: a checkpoint like any other, to look at.
+    goes to preview.safetensors there: a checkpoint like any other, to look at. `watch` gets it, too.
     """
     if data.images.shape[-1] != scope.pixels:
         raise LdmError(f"this scope needs pictures of {scope.pixels} px, got {data.images.shape[-1]}")
@@ -116,7 +117,9 @@ def train_default_model(
     views = _views(vae, data, scope, folder)
 
     def preview(model: TextToImage) -> None:
-        assemble(vae, model).save(folder / "preview.safetensors", dtype=torch.float16, overwrite=True)
+        models = assemble(vae, model)
+        models.save(folder / "preview.safetensors", dtype=torch.float16, overwrite=True)
+        watch(models)
 
     model, done = train_diffusion(
         views,

@@ -1,5 +1,6 @@
 """Training of text encoder and UNet: the objective, the pictures and captions it sees, and that it learns."""
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -256,6 +257,27 @@ def test_the_recipe_makes_a_checkpoint_that_loads_as_the_embedded_family(tmp_pat
         assert loaded.denoiser.prediction.value == "v"
         request = ldm.Request(prompt="a red disc", steps=2, width=32, height=32)
         assert ldm.txt2img(loaded, request)[0].size == (32, 32)
+
+
+def test_the_model_can_be_watched_while_it_trains(tmp_path: Path):
+    """As scripts/train_default_model.py does: a picture after each step, and the same model in the end."""
+    seen = []
+
+    def watch(models: ldm.Models) -> None:
+        [image] = ldm.txt2img(models, ldm.Request(prompt="a red disc", steps=1, width=32, height=32))
+        seen.append(image.size)
+
+    watched, alone = (
+        train_default_model(
+            DATA, SCOPE, tmp_path / name, device=CPU, seconds=math.inf, compile=False, preview_every=1, **more
+        )
+        for name, more in (("watched", {"watch": watch}), ("alone", {}))
+    )
+    assert seen == [(32, 32)] * SCOPE.loop.steps
+    assert watched is not None
+    assert alone is not None
+    weights = alone.state_dict()
+    assert all(torch.equal(w, weights[name]) for name, w in watched.state_dict().items())
 
 
 def test_the_recipe_goes_on_where_it_was_stopped(tmp_path: Path):
