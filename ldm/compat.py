@@ -28,6 +28,8 @@ class Compatibility:
     emphasis: Emphasis = "original"
     # Prompt editing: the first entry stays for one step more than it says.
     late_first_edit: bool = False
+    # Prompt editing: `when` is a share below 1 and else a number of steps, whatever its decimal point.
+    old_edit_times: bool = False
     # SDXL: an empty negative prompt is zeros, not the encoding of an empty text.
     zero_empty_negative: bool = True
     # Karras schedules run from sigma 10 to 0.1 instead of over the model's own range.

@@ -108,8 +108,9 @@ def explain(models: Models, request: Request) -> Explanation:
 
 def _texts(models: Models, run: Plan, prompt: str, weight: float) -> Iterator[Text]:
     first, steps = 1, len(run.sigmas) - 1
-    schedule = editing.schedule(prompt, steps)
-    late = run.request.compat.late_first_edit
+    compat = run.request.compat
+    schedule = editing.schedule(prompt, steps, old=compat.old_edit_times)
+    late = compat.late_first_edit
     for segment, run_of_steps in groupby(range(steps), key=lambda step: schedule.at(step, late=late)):
         last = first + len([*run_of_steps]) - 1
         yield Text(first, last, weight, *_tokens(models, run, schedule.text(segment)))

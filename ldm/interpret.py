@@ -35,7 +35,11 @@ def request(info: Infotext) -> tuple[Request, list[str]]:
             reason = str(error) if isinstance(error, LdmError) else "that is no number"
             notes.append(printable(f"{name}: {value[:60]} is left out: {reason}", 200))
     made = _with_usable_options(made, notes)
-    return made, notes + _changes_of_versions(info)
+    if _older(info, (1, 8, 0)):
+        notes.append(
+            "Version: before 1.8, the noise schedule was rounded to half precision; details may differ"
+        )
+    return made, notes
 
 
 def _setting(name: str, value: str, made: Request, info: Infotext) -> dict[str, Any]:
@@ -59,6 +63,8 @@ def _setting(name: str, value: str, made: Request, info: Infotext) -> dict[str, 
             return {"compat": replace(made.compat, noise=noise)}
         case "Emphasis":
             return {"compat": replace(made.compat, emphasis=value.lower())}
+        case "Version" if _older(info, (1, 6, 0)):
+            return {"compat": replace(made.compat, old_edit_times=True)}
         case "Compatibility":
             return {"compat": _compatibility(value, made.compat)}
         case _ if name in ABOUT_FILES or name in ABOUT_MODELS or name in REMARKS:
@@ -109,20 +115,10 @@ def _with_usable_options(made: Request, notes: list[str]) -> Request:
     return made
 
 
-def _changes_of_versions(info: Infotext) -> list[str]:
-    """What old versions of the web UI did otherwise, where it matters to this text."""
+def _older(info: Infotext, than: tuple[int, int, int]) -> bool:
+    """Whether a version of the web UI from before `than` wrote the text."""
     version = re.search(r"v(\d+)\.(\d+)\.(\d+)", info.fields.get("Version", ""))
-    if version is None:
-        return []
-    number = tuple(int(part[:9]) for part in version.groups())
-    notes = []
-    if number < (1, 6, 0) and "[" in info.prompt:
-        notes.append("Version: before 1.6, whole numbers in [from:to:1] meant steps and 1.0 did, too")
-    if number < (1, 8, 0):
-        notes.append(
-            "Version: before 1.8, the noise schedule was rounded to half precision; details may differ"
-        )
-    return notes
+    return version is not None and tuple(int(part[:9]) for part in version.groups()) < than
 
 
 def batch(info: Infotext, single: Request) -> tuple[Request, int]:

@@ -142,8 +142,9 @@ def conditioning(models: Models, run: Plan) -> list[Guides]:
 
     steps, late = len(run.sigmas) - 1, request.compat.late_first_edit
     parts, weights = zip(*compose(run.prompt), strict=True)
-    prompts = [editing.schedule(text, steps) for text in parts]
-    negative = editing.schedule(run.negative_prompt, steps)
+    old = request.compat.old_edit_times
+    prompts = [editing.schedule(text, steps, old=old) for text in parts]
+    negative = editing.schedule(run.negative_prompt, steps, old=old)
     needed = family.parts and needs_negative(weights, run.cfg_scale)
 
     @cache

@@ -306,13 +306,19 @@ def test_noise_of_the_web_ui_is_the_cards_unless_it_says_cpu():
     assert read(f"{text}, Emphasis: No norm")[0].compat.emphasis == "no norm"
 
 
+def test_old_versions_of_the_web_ui_had_other_times_of_editing():
+    text = "[a:b:1.0]\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Version: v1."
+    assert read(f"{text}5.2")[0].compat.old_edit_times
+    assert not read(f"{text}6.0")[0].compat.old_edit_times
+
+
 def test_what_cannot_be_used_is_said_field_by_field():
     made, notes = read(
         "p\nSteps: many, Sampler: Undefined, Schedule type: karas, CFG scale: nan, Seed: -1, Size: big, "
         "Eta: 0.5, Emphasis: loud, Hires upscale: 2, Face restoration: GFPGAN, Model: x, Version: v1.5.1, "
         'Compatibility: "wings: two"'
     )
-    assert made == Request(prompt="p", compat=PROFILES["a1111"])
+    assert made == Request(prompt="p", compat=replace(PROFILES["a1111"], old_edit_times=True))
     assert notes == [
         "Steps: many is left out: that is no number",
         "Sampler: Undefined is left out: the sampler is unknown; the model's own takes its place",

@@ -92,6 +92,14 @@ def test_editing_takes_the_step_at_hand(late: bool):
     assert edited[0] is edited[1]  # encoded once
 
 
+def test_times_of_editing_before_version_1_6_of_the_web_ui():
+    cat, dog = positive("a cat"), positive("a dog")
+    old = guides("a [cat:dog:1.0]", compat=Compatibility(old_edit_times=True))  # after one step
+    new = guides("a [cat:dog:1.0]")  # never
+    assert [torch.equal(context(g.positive[0][0]), dog) for g in old] == [False, True, True, True]
+    assert all(torch.equal(context(g.positive[0][0]), cat) for g in new)
+
+
 class Watched(nn.Module):
     """A network that notes which context each of its evaluations reads."""
 
