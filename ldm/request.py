@@ -27,6 +27,7 @@ class Request:
     cfg_rescale: float = 0.0  # 0 to 1, see ldm.guidance.rescaled
     sampler: str | None = None  # "DPM++ 2M", "DPM++ 2M Karras", "Euler a", ...
     schedule: str | None = None  # "karras", "exponential", ..., "automatic"; overrules the sampler's name
+    tiling: bool = False  # a texture: left meets right and top meets bottom, see ldm.seamless
     clip_skip: int | None = None  # 1: the last layer of the text encoder, 2: the one before, ...
 
     # Options of samplers (those that have them) and of schedules.

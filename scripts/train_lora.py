@@ -14,30 +14,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+import flags
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists all flags\n")
-
-
-def parser() -> Parser:
-    p = Parser(
-        prog="train_lora",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Flags may be written with _ in place of -.",
-    )
+def parser() -> flags.Parser:
+    p = flags.Parser("train_lora", __doc__)
     add = p.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="with folders <repeats>_<name> of pictures")
     add("--out", type=Path, required=True, metavar="FILE", help="the LoRA, a .safetensors file")
@@ -103,13 +91,8 @@ def parser() -> Parser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    words = list(sys.argv[1:] if argv is None else argv)
-    for i, word in enumerate(words):
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            words[i] = name.replace("_", "-") + equals + value
     p = parser()
-    a = p.parse_args(words)
+    a = p.parse_args(argv)
     if a.out.suffix != ".safetensors":
         p.error(f"--out must end in .safetensors, got {a.out}")
     for name in ("save_every", "sample_every"):
@@ -202,34 +185,26 @@ def train(a: argparse.Namespace) -> int:
     return cli.Exit.DONE
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    a = parse(argv)
-    try:
-        if "RANK" in os.environ:  # started by torchrun
-            import torch
-            import torch.distributed as dist
-
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group(timeout=timedelta(hours=12))  # encoding the pictures may take long
+def work(a: argparse.Namespace) -> int:
+    """Train, in a group of processes if torchrun started this one."""
+    if "RANK" not in os.environ:
         return train(a)
-    except KeyboardInterrupt:
-        print("train_lora: stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if a.debug:
-            raise
-        from ldm import cli
+    import torch
+    import torch.distributed as dist
 
-        return cli.report("train_lora", error)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(hours=12))  # encoding the pictures may take long
+    try:
+        return train(a)
     finally:
-        if "RANK" in os.environ:
-            import torch.distributed as dist
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
-            if dist.is_initialized():
-                dist.destroy_process_group()
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return flags.main("train_lora", parse, work, argv)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
-    sys.exit(main())
+    flags.start(main)

@@ -120,6 +120,7 @@ def test_debug_shows_where(tmp_path: Path):
 def test_help_and_typing_mistakes_need_no_torch():
     program = (
         "import sys, runpy; sys.argv = ['txt2img', '--help']\n"
+        f"sys.path[0] = {str(SCRIPT.parent)!r}\n"
         f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
         "except SystemExit: print('torch' in sys.modules)"
     )
