@@ -46,6 +46,11 @@ class UNetConfig:
         return self.num_heads if self.num_heads is not None else channels // (self.head_dim or channels)
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.model_channels * mult for mult in self.channel_mult)
+
+    @property
     def factor(self) -> int:
         """How much smaller than the latent the lowest level is, along one axis."""
         return 2 ** (len(self.channel_mult) - 1)
@@ -304,34 +309,36 @@ class Block(nn.ModuleList):
         return h
 
 
-class UNet(nn.Module):
-    """Predicts eps or v from a noisy latent, its noise level and the conditioning."""
+def _res(config: UNetConfig, in_channels: int, out_channels: int, resample: int = 0) -> ResBlock:
+    return ResBlock(in_channels, 4 * config.model_channels, out_channels, config.scale_shift_norm, resample)
+
+
+def _attention(config: UNetConfig, channels: int, depth: int, cross_only: bool = False) -> nn.Module:
+    heads = config.heads(channels)
+    if config.context_dim is None:
+        return AttentionBlock(channels, heads, config.new_attention_order)
+    return SpatialTransformer(
+        channels, config.context_dim, heads, depth, config.linear_projection, cross_only
+    )
+
+
+def _block(config: UNetConfig, in_channels: int, level: int) -> Block:
+    """A ResBlock that brings the features to the level's width, and the level's attention, if it has any."""
+    width, depth = config.widths[level], config.depth[level]
+    layers: list[nn.Module] = [_res(config, in_channels, width)]
+    if depth > 0:
+        cross_only = bool(config.cross_only) and config.cross_only[level]
+        layers.append(_attention(config, width, depth, cross_only))
+    return Block(layers)
+
+
+class InputHalf(nn.Module):
+    """The way down and the turn: what a UNet and a ControlNet have in common."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         emb_dim = 4 * config.model_channels
-        widths = [config.model_channels * mult for mult in config.channel_mult]
-        last = len(widths) - 1
-
-        def res(in_channels: int, out_channels: int, resample: int = 0) -> ResBlock:
-            return ResBlock(in_channels, emb_dim, out_channels, config.scale_shift_norm, resample)
-
-        def attention(channels: int, depth: int, cross_only: bool) -> nn.Module:
-            heads = config.heads(channels)
-            if config.context_dim is None:
-                return AttentionBlock(channels, heads, config.new_attention_order)
-            return SpatialTransformer(
-                channels, config.context_dim, heads, depth, config.linear_projection, cross_only
-            )
-
-        def block(in_channels: int, level: int) -> Block:
-            layers: list[nn.Module] = [res(in_channels, widths[level])]
-            if config.depth[level] > 0:
-                cross_only = bool(config.cross_only) and config.cross_only[level]
-                layers.append(attention(widths[level], config.depth[level], cross_only))
-            return Block(layers)
-
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
         )
@@ -342,37 +349,59 @@ class UNet(nn.Module):
         elif config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, emb_dim)
 
-        self.input_blocks = nn.ModuleList(
-            [Block([InputConv(config.in_channels, config.model_channels, 3, padding=1)])]
-        )
         channels = config.model_channels
-        skips = [channels]  # widths of the outputs of input_blocks, which output_blocks take in reverse
-        for level, width in enumerate(widths):
+        self.input_blocks = nn.ModuleList([Block([InputConv(config.in_channels, channels, 3, padding=1)])])
+        self.skips = [channels]  # widths of the outputs of input_blocks
+        for level, width in enumerate(config.widths):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(block(channels, level))
+                self.input_blocks.append(_block(config, channels, level))
                 channels = width
-                skips.append(channels)
-            if level < last:
-                down = res(channels, channels, -1) if config.resblock_updown else Downsample(channels)
+                self.skips.append(channels)
+            if level < len(config.widths) - 1:
+                down = (
+                    _res(config, channels, channels, -1) if config.resblock_updown else Downsample(channels)
+                )
                 self.input_blocks.append(Block([down]))
-                skips.append(channels)
+                self.skips.append(channels)
 
         self.middle_block = Block(
             [
-                res(channels, channels),
-                attention(channels, config.middle_depth, False),
-                res(channels, channels),
+                _res(config, channels, channels),
+                _attention(config, channels, config.middle_depth),
+                _res(config, channels, channels),
             ]
         )
 
+    def embedding(self, x: Tensor, t: Tensor, context: Tensor | None, y: Tensor | None) -> Tensor:
+        """What all blocks are told: the timestep, and the vector or class y. (B, E) in the dtype of x.
+
+        Raises ValueError if context or y is missing or given in vain.
+        """
+        if (context is None) != (self.config.context_dim is None):
+            raise ValueError(f"this network {'needs' if context is None else 'takes no'} context")
+        if (y is None) != (self.config.vector_dim is None and self.config.num_classes is None):
+            raise ValueError(
+                f"this network {'needs' if y is None else 'takes no'} vector conditioning or class y"
+            )
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
+        return emb if y is None else emb + self.label_emb(y)
+
+
+class UNet(InputHalf):
+    """Predicts eps or v from a noisy latent, its noise level and the conditioning."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        channels = config.widths[-1]
+        skips = self.skips.copy()  # output_blocks take them in reverse
         self.output_blocks = nn.ModuleList()
-        for level in range(last, -1, -1):
+        for level in range(len(config.widths) - 1, -1, -1):
             for i in range(config.num_res_blocks + 1):
-                layers = block(channels + skips.pop(), level)
-                channels = widths[level]
+                layers = _block(config, channels + skips.pop(), level)
+                channels = config.widths[level]
                 if level > 0 and i == config.num_res_blocks:
                     layers.append(
-                        res(channels, channels, 1) if config.resblock_updown else Upsample(channels)
+                        _res(config, channels, channels, 1) if config.resblock_updown else Upsample(channels)
                     )
                 self.output_blocks.append(layers)
 
@@ -400,17 +429,7 @@ class UNet(nn.Module):
         Returns (B, out_channels, h, w) in the dtype of x.
         Raises ValueError if context or y is missing or given in vain.
         """
-        if (context is None) != (self.config.context_dim is None):
-            raise ValueError(f"this UNet {'needs' if context is None else 'takes no'} context")
-        if (y is None) != (self.config.vector_dim is None and self.config.num_classes is None):
-            raise ValueError(
-                f"this UNet {'needs' if y is None else 'takes no'} vector conditioning or class y"
-            )
-
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))  # (B, E)
-        if y is not None:
-            emb = emb + self.label_emb(y)
-
+        emb = self.embedding(x, t, context, y)  # (B, E)
         h = x
         skips: list[Tensor] = []
         for layers in self.input_blocks:
