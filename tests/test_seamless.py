@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -25,7 +26,10 @@ def moved(x: Tensor, cells: int) -> Tensor:
     return x.roll((cells, 2 * cells), dims=(2, 3))
 
 
-def randomised(network: nn.Module) -> nn.Module:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def randomised(network: Network) -> Network:
     """Make no layer zero or the identity, and the outputs of order 1."""
     for parameter in network.requires_grad_(False).parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
