@@ -104,13 +104,13 @@ def load(
         autoencoder = None if vae is not None else _vae(strip(weights, VAE), family.scale, device)
         encoders = _encoders(weights, family, device, dtype)
     except CheckpointError as error:
-        raise _named(source, error) from None
+        raise named(source, error) from None
     if vae is not None:
         autoencoder = load_vae(vae, scale=family.scale, device=device)
     try:
         _check_fit(unet, autoencoder, encoders)
     except CheckpointError as error:
-        raise _named(source, error) from None
+        raise named(source, error) from None
     _report_unknown(weights, family, source)
 
     schedule = family.schedule()
@@ -143,7 +143,7 @@ def load_vae(
     try:
         loaded = _vae(inside or weights, scale, torch.device(device))
     except CheckpointError as error:
-        raise _named(Path(path), error) from None
+        raise named(Path(path), error) from None
     if loaded is None:
         raise CheckpointError(f"{Path(path).name}: there is no autoencoder in this file")
     return loaded
@@ -173,7 +173,7 @@ def _as_prediction(name: Prediction | str) -> Prediction:
         raise RequestError(f"prediction must be 'eps' or 'v', got {name!r}") from None
 
 
-def _named(path: Path, error: CheckpointError) -> CheckpointError:
+def named(path: Path, error: CheckpointError) -> CheckpointError:
     """The error with the file's name, as one printable line: names of weights come from the file."""
     return CheckpointError(printable(f"{path.name}: {error}", 200))
 
@@ -212,11 +212,11 @@ def _with_averages(weights: Mapping[str, Tensor], source: Path) -> dict[str, Ten
     missing = sum(average not in weights for average in average_of.values())
     if missing:
         error = f"{missing} of {len(average_of)} averaged (EMA) weights are not in this file"
-        raise _named(source, CheckpointError(error))
+        raise named(source, CheckpointError(error))
     return dict(weights) | {name: weights[average] for name, average in average_of.items()}
 
 
-def _build(
+def build(
     make: Callable[[], M], weights: Mapping[str, Tensor], part: str, device: torch.device, dtype: torch.dtype
 ) -> M:
     """A module with these weights: built on meta, every name and shape checked, assigned."""
@@ -263,22 +263,22 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(listed[:2]) + (" ..." if len(listed) > 2 else "")
 
 
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(w.shape) for name, w in weights.items()}
 
 
 def _unet(weights: Mapping[str, Tensor], family: Family, device: torch.device, dtype: torch.dtype) -> UNet:
     own = strip(weights, UNET)
-    config = unet_config(_shapes(own), num_heads=family.num_heads, head_dim=family.head_dim)
-    return _build(lambda: UNet(config), own, "UNet", device, dtype)
+    config = unet_config(shapes_of(own), num_heads=family.num_heads, head_dim=family.head_dim)
+    return build(lambda: UNet(config), own, "UNet", device, dtype)
 
 
 def _vae(weights: Mapping[str, Tensor], scale: float, device: torch.device) -> AutoencoderKL | VQModel | None:
     if "encoder.conv_in.weight" not in weights and "decoder.conv_in.weight" not in weights:
         return None
-    config = vae_config(_shapes(weights), scale=scale)
+    config = vae_config(shapes_of(weights), scale=scale)
     kind = AutoencoderKL if config.codebook_size is None else VQModel
-    return _build(lambda: kind(config), weights, "VAE", device, torch.float32)
+    return build(lambda: kind(config), weights, "VAE", device, torch.float32)
 
 
 def _encoders(
@@ -295,14 +295,14 @@ def _encoder(own: Mapping[str, Tensor], part: Part, device: torch.device, dtype:
         case ClipPart():
             if part.openclip:
                 own = to_hf(own)
-            clip = clip_config(_shapes(own), quick_gelu=part.quick_gelu)
-            return _build(lambda: ClipTextModel(clip), own, "text encoder", device, dtype)
+            clip = clip_config(shapes_of(own), quick_gelu=part.quick_gelu)
+            return build(lambda: ClipTextModel(clip), own, "text encoder", device, dtype)
         case BertPart():
-            bert = bert_config(_shapes(own))
-            return _build(lambda: BertTextModel(bert), own, "text encoder", device, dtype)
+            bert = bert_config(shapes_of(own))
+            return build(lambda: BertTextModel(bert), own, "text encoder", device, dtype)
         case ClassPart():
             count, width = own["weight"].shape
-            return _build(lambda: nn.Embedding(count, width), own, "class table", device, dtype)
+            return build(lambda: nn.Embedding(count, width), own, "class table", device, dtype)
 
 
 def _tokenizer(family: Family, vocabulary: str | os.PathLike[str] | None) -> Tokenizer | WordPiece | None:
