@@ -19,3 +19,9 @@ class RequestError(LdmError):
 
 class SamplerError(LdmError):
     """An unknown sampler or schedule, or an option that a sampler does not have."""
+
+
+def check_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Raise RequestError if a setting is out of its range; None is no value, and NaN is in no range."""
+    if value is not None and not low <= value <= high:
+        raise RequestError(f"{name} must be {low} to {high}, got {value}")

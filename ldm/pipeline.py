@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm import networks, schedules
 from ldm.denoise import Conditioning
 from ldm.errors import LdmError, RequestError
-from ldm.families import Picture
+from ldm.families import Concat, Picture
 from ldm.guidance import Guides, cfg, needs_negative
 from ldm.images import to_pil
 from ldm.infotext import infotext
@@ -68,10 +68,6 @@ def plan(models: Models, request: Request) -> Plan:
     or a file is missing.
     """
     family, vae = models.family, autoencoder(models)
-    if family.needs is not None:
-        raise RequestError(
-            f"{family.title} needs {family.needs} beside the prompt; this is only text to image"
-        )
     if family.parts and not models.text:
         raise LdmError(
             f"{models.name} holds no text encoder; load a whole checkpoint and put this UNet into it: "
@@ -125,7 +121,7 @@ def conditioning(models: Models, run: Plan) -> list[Guides]:
     and for models without conditioning.
     """
     family, request = models.family, run.request
-    concat = _grey(models, run) if family.grey_concat else None
+    concat = _grey(models, run) if family.concat is Concat.INPAINT else None
 
     @cache
     def encode(text: str, negative: bool) -> Conditioning:

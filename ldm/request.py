@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from ldm.compat import DEFAULT, Compatibility
-from ldm.errors import RequestError
+from ldm.edit import Edit, Hires
+from ldm.errors import RequestError, check_range
 
 MAX_SEED = 2**64 - 1  # of torch.Generator.manual_seed
 
@@ -47,6 +48,12 @@ class Request:
     seed_resize_from: tuple[int, int] | None = None  # (width, height) of a picture whose composition to keep
     ensd: int = 0  # "eta noise seed delta": what samplers draw after the start comes from seed + ensd
 
+    # Further passes and pictures. The pictures themselves are `ldm.inputs.Inputs`.
+    edit: Edit | None = None  # how a run starts from a given picture; None: it starts from noise alone
+    hires: Hires | None = None  # a second, larger pass
+    image_cfg_scale: float = 1.5  # InstructPix2Pix: how closely to keep to the given picture
+    refiner_switch: float = 0.8  # with `models.refiner`: share of the training steps to leave to it
+
     compat: Compatibility = DEFAULT
 
     def __post_init__(self) -> None:
@@ -54,25 +61,29 @@ class Request:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise RequestError(f"{field.name} must be a finite number, got {value}")
-        _check("batch_size", self.batch_size, 1, 1024)
-        _check("seed", self.seed, 0, MAX_SEED + 1 - self.batch_size)
-        _check("steps", self.steps, 1, 10_000)
-        _check("width", self.width, 8, 16_384)
-        _check("height", self.height, 8, 16_384)
-        _check("cfg_scale", self.cfg_scale, 0, 1000)
-        _check("cfg_rescale", self.cfg_rescale, 0, 1)
-        _check("clip_skip", self.clip_skip, 1, 100)
-        _check("order", self.order, 1, 4)
-        _check("variation_seed", self.variation_seed, 0, MAX_SEED + 1 - self.batch_size)
-        _check("variation_strength", self.variation_strength, 0, 1)
+        check_range("batch_size", self.batch_size, 1, 1024)
+        check_range("seed", self.seed, 0, MAX_SEED + 1 - self.batch_size)
+        check_range("steps", self.steps, 1, 10_000)
+        check_range("width", self.width, 8, 16_384)
+        check_range("height", self.height, 8, 16_384)
+        check_range("cfg_scale", self.cfg_scale, 0, 1000)
+        check_range("cfg_rescale", self.cfg_rescale, 0, 1)
+        check_range("image_cfg_scale", self.image_cfg_scale, 0, 100)
+        check_range("refiner_switch", self.refiner_switch, 0, 1)
+        check_range("clip_skip", self.clip_skip, 1, 100)
+        check_range("order", self.order, 1, 4)
+        check_range("variation_seed", self.variation_seed, 0, MAX_SEED + 1 - self.batch_size)
+        check_range("variation_strength", self.variation_strength, 0, 1)
         for side in self.seed_resize_from or ():
-            _check("seed_resize_from", side, 8, 16_384)
-        _check("ensd", self.ensd, -MAX_SEED, MAX_SEED)
+            check_range("seed_resize_from", side, 8, 16_384)
+        check_range("ensd", self.ensd, -MAX_SEED, MAX_SEED)
         for name in ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "sigma_min", "sigma_max", "rho"):
-            _check(name, getattr(self, name), 0, 1_000_000)
+            check_range(name, getattr(self, name), 0, 1_000_000)
         for name in ("sigma_min", "sigma_max", "rho"):
             if getattr(self, name) == 0:
                 raise RequestError(f"{name} must be above 0; leave it out for the usual value")
+        if self.edit and self.hires:
+            raise RequestError("a second pass follows a run from noise; for a given picture raise its size")
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
             raise RequestError(
                 f"need 0 < sigma_min < sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}"
@@ -91,8 +102,3 @@ class Request:
         """The options of the sampler that were given."""
         names = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "order")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-
-def _check(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        raise RequestError(f"{name} must be {low} to {high}, got {value}")

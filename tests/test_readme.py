@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm.checkpoint import DEFAULT_MODEL, DROPPED
-from ldm.families import FAMILIES
+from ldm.families import FAMILIES, Concat
 from ldm.request import Request
 from ldm.samplers import SAMPLERS, Sampler
 from ldm.spacings import SPACINGS
@@ -66,7 +66,11 @@ def test_the_table_of_families_is_the_registry():
     assert sorted(rows) == sorted(family.title for family in FAMILIES)
     for family in FAMILIES:
         answer = rows[family.title]
-        assert answer.startswith("yes") if family.needs is None else answer == f"loads; needs {family.needs}"
+        assert (
+            answer.startswith("yes")
+            if family.concat in (None, Concat.INPAINT)
+            else answer == f"loads; needs {family.concat.value}"
+        )
 
 
 def test_the_facts_of_every_family_are_stated():

@@ -5,6 +5,7 @@ from ldm.families.family import (
     BertPart,
     ClassPart,
     ClipPart,
+    Concat,
     Family,
     Picture,
     context_width,
@@ -16,7 +17,7 @@ from ldm.families.sd1 import EMBEDDED, INSTRUCT_PIX2PIX, SD1, SD1_INPAINT
 from ldm.families.sd2 import SD2, SD2_DEPTH, SD2_INPAINT, X4_UPSCALER
 from ldm.families.sdxl import SDXL, SDXL_REFINER
 
-__all__ = ["FAMILIES", "BertPart", "ClassPart", "ClipPart", "Family", "Picture", "recognise"]
+__all__ = ["FAMILIES", "BertPart", "ClassPart", "ClipPart", "Concat", "Family", "Picture", "recognise"]
 
 FAMILIES: tuple[Family, ...] = (
     EMBEDDED,  # before SD1: its layout is the same

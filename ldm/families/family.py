@@ -6,6 +6,7 @@ default settings), which names its checkpoints use, and how it turns a prompt in
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ class ClassPart:
 Part = ClipPart | BertPart | ClassPart
 
 
+class Concat(Enum):
+    """What a UNet sees beside the noisy latent. The value says it for people."""
+
+    INPAINT = "a mask, and the picture without what it hides"
+    PICTURE = "a picture to edit"
+    DEPTH = "a depth picture"
+    LOW_RES = "a picture to enlarge"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     """What a prompt's conditioning may depend on beside the prompt."""
@@ -102,8 +112,8 @@ class Family:
     vector: Callable[[Tensor, Picture], Tensor] | None = None  # pooled text (B, P), sizes -> (B, V)
     weigh_pooled: bool = False  # weights in a prompt act on the pooled text, too, see `_clip_conditioning`
     zero_empty_negative: bool = False  # an empty negative prompt is zeros instead of the encoded ""
-    needs: str | None = None  # what a run needs beside a prompt ("a depth picture"); None: text alone will do
-    grey_concat: bool = False  # without a picture, the further channels are a full mask and a grey picture
+    concat: Concat | None = None  # what the UNet's further input channels hold
+    strength: float = 0.75  # of image to image, see ldm.edit.Edit
 
     def recognise(self, shapes: Shapes) -> bool:
         """Whether a file with these names and shapes is of this family."""

@@ -3,7 +3,7 @@
 Rombach et al. 2022, arXiv:2112.10752, section 4.
 """
 
-from ldm.families.family import BertPart, ClassPart, Family
+from ldm.families.family import BertPart, ClassPart, Concat, Family
 from ldm.schedules import NoiseSchedule
 
 
@@ -74,5 +74,5 @@ LDSR = Family(
     steps=100,
     sampler="DDIM",
     cfg_scale=1.0,
-    needs="a picture to enlarge",
+    concat=Concat.LOW_RES,
 )

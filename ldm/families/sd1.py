@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ldm.denoise import Prediction
-from ldm.families.family import ClipPart, Family, Picture
+from ldm.families.family import ClipPart, Concat, Family, Picture
 
 SD1 = Family(
     name="sd1",
@@ -16,11 +16,11 @@ SD1 = Family(
     num_heads=8,
 )
 SD1_INPAINT = replace(
-    SD1, name="sd1-inpaint", title="Stable Diffusion 1.x inpainting", in_channels=9, grey_concat=True
+    SD1, name="sd1-inpaint", title="Stable Diffusion 1.x inpainting", in_channels=9, concat=Concat.INPAINT
 )
 # Brooks et al. 2022, arXiv:2211.09800.
 INSTRUCT_PIX2PIX = replace(
-    SD1, name="pix2pix", title="InstructPix2Pix", in_channels=8, needs="a picture to edit"
+    SD1, name="pix2pix", title="InstructPix2Pix", in_channels=8, concat=Concat.PICTURE, strength=1.0
 )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ldm.denoise import Prediction
-from ldm.families.family import ClipPart, Family
+from ldm.families.family import ClipPart, Concat, Family
 from ldm.schedules import NoiseSchedule
 
 SD2 = Family(
@@ -22,7 +22,7 @@ SD2_INPAINT = replace(
     title="Stable Diffusion 2.x inpainting",
     in_channels=9,
     prediction=Prediction.EPS,
-    grey_concat=True,
+    concat=Concat.INPAINT,
 )
 SD2_DEPTH = replace(
     SD2,
@@ -30,7 +30,7 @@ SD2_DEPTH = replace(
     title="Stable Diffusion 2.x depth",
     in_channels=5,
     prediction=Prediction.EPS,
-    needs="a depth picture",
+    concat=Concat.DEPTH,
 )
 X4_UPSCALER = replace(
     SD2,
@@ -42,5 +42,5 @@ X4_UPSCALER = replace(
     schedule=lambda: NoiseSchedule.scaled_linear(1e-4, 2e-2),
     prediction=Prediction.V,
     scale=0.08333,
-    needs="a picture to enlarge",
+    concat=Concat.LOW_RES,
 )

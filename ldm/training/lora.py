@@ -94,7 +94,7 @@ def check_trainable(models: Models) -> None:
         raise LdmError(f"{models.name} holds no text encoder; give a whole checkpoint")
     if models.denoiser.dtype not in (torch.float32, torch.bfloat16):
         raise LdmError("gradients vanish in float16; load the model in bfloat16 or float32")
-    if family.needs is not None or family.grey_concat:
+    if family.concat is not None:
         raise LdmError(f"{family.title} needs more than a text; train on the plain text-to-image model")
 
 
