@@ -1,4 +1,4 @@
-"""From decoded pixels to picture files that say how they were made, and that text back from any file."""
+"""From decoded pixels to picture files that say how they were made; pictures and that text from any file."""
 
 import io
 import json
@@ -9,9 +9,10 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -30,7 +31,17 @@ MAX_PIXELS = 64_000_000  # of a picture from outside: a small file may claim to 
 _MAX_SEGMENT = (
     65_000  # bytes of EXIF data or of a comment in a JPEG, whose segments have 16 bits for their size
 )
-_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286  # tags of the EXIF standard
+_EXIF_IFD, _USER_COMMENT, _ORIENTATION = 0x8769, 0x9286, 0x0112  # tags of the EXIF standard
+
+_UPRIGHT = {  # what undoes each way of holding the camera; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_pil(pixels: Tensor, text: str | None = None, *, truncate: bool = False) -> Image.Image:
@@ -93,6 +104,67 @@ def read_text(picture: str | os.PathLike[str] | Image.Image) -> str:
     return text
 
 
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture to draw from: RGB with 8 bits a channel, or RGBA where any of it is transparent.
+
+    path: a PNG, JPEG, WebP, AVIF or GIF, decided by its content. It is turned upright where its EXIF data
+        say how the camera was held; of an animation, it is the first picture. 16 bits are scaled to 8.
+    The numbers stay those of the file: a colour profile is not applied but handed on in `info`, for `save`.
+        (That of CMYK is not; its inks become colours by the plain rule.)
+    Raises LdmError if it is no such file, damaged or cut short, or larger than MAX_PIXELS.
+    """
+    path = Path(path)
+    try:
+        with _opened(path) as image:
+            image.verify()  # the check sums of a PNG, which decoding passes over
+        with _opened(path) as image:
+            profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
+            image = _upright(_rgb(image))
+    except LdmError:  # which is a ValueError, too
+        raise
+    except _DAMAGE as error:
+        raise LdmError(f"{printable(path.name)}: the picture is damaged: {reason(error)}") from None
+    image.info = {"icc_profile": profile} if profile else {}
+    return image
+
+
+def opaque(image: Image.Image, colour: str | tuple[int, int, int] = "white") -> Image.Image:
+    """A picture in RGB; what is transparent shows this colour. Networks know no transparency."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode that the formats have, not yet decoded, as RGB or RGBA."""
+    tiles = getattr(image, "tile", None)
+    raw = tiles[0].args if tiles else None  # how the file stores its pixels
+    key = image.info.get("transparency")  # of a PNG: the alphas of a palette, or the one transparent colour
+    image.load()
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow would clip them to 255
+        levels = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+        if key is not None:
+            image.putalpha(Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8)))
+    # That colour is told in the bits of the file, 2, 4 or 16; Pillow compares it in 8.
+    elif raw in ("L;2", "L;4") and key is not None:
+        image.info["transparency"] = key * (85 if raw == "L;2" else 17)
+    elif raw == "RGB;16B" and key is not None:
+        image.info["transparency"] = tuple(level >> 8 for level in key)
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255):
+        return image.convert("RGB")
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with suppress(*_DAMAGE):  # of the EXIF data, not of the picture
+        orientation = image.getexif().get(_ORIENTATION)
+        if orientation in _UPRIGHT:
+            return image.transpose(_UPRIGHT[orientation])
+    return image
+
+
 # What Pillow raises for the many ways in which a file can be broken.
 _DAMAGE = (
     OSError,
@@ -102,6 +174,7 @@ _DAMAGE = (
     KeyError,
     IndexError,
     TypeError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )
