@@ -166,6 +166,15 @@ def parse(name: str, schedule: str | None = None) -> tuple[Sampler, str]:
     )
 
 
+def settings(name: str) -> dict[str, str]:
+    """The fields of a request that a sampler's name sets: the schedule too if the name says it.
+
+    "DPM++ 2M Karras" -> {"sampler": "DPM++ 2M", "schedule": "karras"}. Raises SamplerError as `parse`.
+    """
+    sampler, spacing = parse(name)
+    return {"sampler": sampler.name} | ({} if _plain(name) in _BY_PLAIN_NAME else {"schedule": spacing})
+
+
 def _plain(name: str) -> str:
     """A name without prefix and spelling: "DPM++ 2M", "k_dpmpp_2m", "sample_dpmpp_2m" -> "dpmpp2m"."""
     return plain(name.strip().lower().replace("++", "pp").removeprefix("sample_").removeprefix("k_"))
