@@ -5,7 +5,7 @@ appendix D), with weights in the manner of min-SNR (Hang et al. 2023, arXiv:2303
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,35 +66,44 @@ class LatentViews:
     colours: Sequence[Sequence[str]]
 
 
+def view_pictures(data: IconSet, colours: Sequence[Sequence[str]], view: int) -> Iterator[Tensor]:
+    """All training pictures in one view, as `LatentViews` numbers them: batches (B, 3, S, S) in [-1, 1]."""
+    indices = data.indices(holdout=False)
+    mirrored = torch.tensor([data.icons[i].flip and view % 2 == 1 for i in indices])[:, None, None, None]
+    images = data.images[indices]  # (M, 4, S, S) uint8
+    images = torch.where(mirrored, images.flip(3), images)
+    backgrounds = [WHITE if view < 2 else BACKGROUNDS[names[view - 2]] for names in colours]
+    for batch, colour in zip(images.split(64), torch.tensor(backgrounds).split(64), strict=True):
+        yield composite(batch, colour)
+
+
 @torch.no_grad()
 def encode_views(vae: AutoencoderKL, data: IconSet, *, coloured: int, seed: int) -> LatentViews:
     """Run the frozen autoencoder over all training pictures. Deterministic in `seed`."""
     rng = random.Random(seed)
     device = vae.quant_conv.weight.device
-    indices = data.indices(holdout=False)
-    icons = [data.icons[i] for i in indices]
+    icons = [data.icons[i] for i in data.indices(holdout=False)]
     colours = [rng.sample(sorted(BACKGROUNDS), coloured) for _ in icons]
     views = []
     for view in range(2 + coloured):
-        images = data.images[indices]  # (M, 4, S, S) uint8
-        mirrored = torch.tensor([icon.flip and view % 2 == 1 for icon in icons])
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        backgrounds = [WHITE if view < 2 else BACKGROUNDS[names[view - 2]] for names in colours]
-        batches = zip(images.split(64), torch.tensor(backgrounds).split(64), strict=True)
-        z = [vae.encode(composite(batch, colour).to(device)).half().cpu() for batch, colour in batches]
+        z = [vae.encode(batch.to(device)).half().cpu() for batch in view_pictures(data, colours, view)]
         views.append(torch.cat(z))
     return LatentViews(icons, torch.stack(views, dim=1), colours)
 
 
-def draw_view(views: LatentViews, index: int, rng: random.Random) -> tuple[Tensor, str]:
-    """One latent (D, h, w) of a picture and a caption that is true of it."""
+def choose_view(views: LatentViews, index: int, rng: random.Random) -> tuple[int, str]:
+    """One view of a picture, and a caption that is true of it."""
     icon, names = views.icons[index], views.colours[index]
     if names and rng.random() < COLOURED:
-        view = rng.randrange(len(names))
-        z, text = views.z[index, 2 + view], caption(icon, rng, names[view])
-    else:
-        z, text = views.z[index, rng.randrange(2)], caption(icon, rng)
-    return z, "" if rng.random() < EMPTY else text
+        colour = rng.randrange(len(names))
+        return 2 + colour, caption(icon, rng, names[colour])
+    return rng.randrange(2), caption(icon, rng)
+
+
+def draw_view(views: LatentViews, index: int, rng: random.Random) -> tuple[Tensor, str]:
+    """One latent (D, h, w) of a picture and a caption that is true of it."""
+    view, text = choose_view(views, index, rng)
+    return views.z[index, view], "" if rng.random() < EMPTY else text
 
 
 def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Tensor:
