@@ -1,6 +1,7 @@
-"""The folders with LoRA files, embeddings and hypernetworks that prompts call by name.
+"""The folders with LoRA files, embeddings, hypernetworks and upscalers that are called by name.
 
-A name comes from a prompt, so from anyone: it leads to files in its folder and nowhere else.
+A name comes from a prompt, or from settings in a picture, so from anyone: it leads to files in its folder and
+nowhere else.
 """
 
 import os
@@ -14,7 +15,8 @@ from ldm.errors import CheckpointError, LdmError
 from ldm.files import inside
 from ldm.formats.mapped import printable
 
-ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")  # of two files that differ in this alone, the first counts
+# Of two files that differ in this alone, the first counts.
+ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin", ".pth")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Library:
     loras: Path | None = None
     embeddings: Path | None = None
     hypernetworks: Path | None = None
+    upscalers: Path | None = None
 
     def lora(self, name: str) -> Path:
         """Also found by the name that its trainer wrote into it, as in the web UI ("ss_output_name")."""
@@ -39,6 +42,9 @@ class Library:
 
     def hypernetwork(self, name: str) -> Path:
         return _find(self.hypernetworks, name, "hypernetwork")
+
+    def upscaler(self, name: str) -> Path:
+        return _find(self.upscalers, name, "upscaler")
 
 
 NO_LIBRARY = Library()
@@ -73,7 +79,7 @@ def _find(
 ) -> Path:
     shown = printable(name)
     if folder is None:
-        raise LdmError(f"the prompt asks for the {what} '{shown}', but no folder with such files is given")
+        raise LdmError(f"'{shown}' is asked for, but no folder with {what} files is given")
     if not folder.is_dir():
         raise LdmError(f"the folder {folder} with {what} files does not exist")
     inside(folder, name)

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -58,8 +57,8 @@ class LDSR:
     tile: int = 128
     overlap: int = 64
 
-    name: ClassVar[str] = "LDSR"
-    factor: ClassVar[int] = 4
+    name: str = field(default="LDSR", init=False)
+    factor: int = field(default=4, init=False)
 
     def __post_init__(self) -> None:
         if self.models.family is not FAMILY:

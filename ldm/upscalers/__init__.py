@@ -1,0 +1,200 @@
+"""Upscalers: small pictures into large ones, by filters, ESRGAN networks and latent diffusion.
+
+    upscaler = load_upscaler("RealESRGAN_x4plus.pth")
+    large = upscaler(image)                             # 4 times as large, RGB
+    wall = enlarged(image, upscaler, 1920, 1080)        # any size, transparency kept
+
+What a file holds decides what is built of it, never its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint import build, named, shapes_of
+from ldm.errors import CheckpointError, RequestError
+from ldm.families.family import UNET, strip
+from ldm.formats import read
+from ldm.library import NO_LIBRARY, Library
+from ldm.upscalers.compact import CompactNet, compact_config
+from ldm.upscalers.esrgan import RRDBNet, renamed, rrdb_config
+from ldm.upscalers.ldsr import LDSR, load_ldsr
+from ldm.upscalers.upscaler import Filter, NetworkUpscaler, Progress, Upscaler, interpolated
+
+__all__ = [
+    "DEFAULT",
+    "UPSCALERS",
+    "Filter",
+    "NetworkUpscaler",
+    "Upscaler",
+    "enlarged",
+    "interpolated",
+    "load_network",
+    "load_upscaler",
+    "upscaler_named",
+]
+
+FILTERS = {
+    "None": Filter("None", Image.Resampling.LANCZOS, 1),
+    "Nearest": Filter("Nearest", Image.Resampling.NEAREST),
+    "Lanczos": Filter("Lanczos", Image.Resampling.LANCZOS),
+}
+EMBEDDED = {"R-ESRGAN AnimeVideo": Path(__file__).parent / "animevideov3.safetensors"}
+DEFAULT = "R-ESRGAN AnimeVideo"
+UPSCALERS = (*FILTERS, *EMBEDDED)
+"""The names of those that need no file of the user."""
+
+WEB_UI = {
+    "R-ESRGAN 4x+": "RealESRGAN_x4plus",
+    "R-ESRGAN 4x+ Anime6B": "RealESRGAN_x4plus_anime_6B",
+    "R-ESRGAN 2x+": "RealESRGAN_x2plus",
+    "R-ESRGAN General 4xV3": "realesr-general-x4v3",
+    "R-ESRGAN General WDN 4xV3": "realesr-general-wdn-x4v3",
+}
+"""The names in the web UI's pictures, and what the published files are called, without ending."""
+
+NESTED = ("params_ema.", "params.", "module.")  # where published files keep their weights; averages first
+
+OTHERS = {
+    "stylegan_decoder.": "GFPGAN, which restores faces",
+    "relative_position_bias_table": "SwinIR or one of its kin",
+    "attn.temperature": "Restormer or DAT",
+    "m_head.": "ScuNET or DPIR",
+    "block_1.c1_r.": "SPAN",
+    ".conv1x1.": "ESRGAN+",
+    "encoder.blocks.": "CodeFormer, which restores faces",
+}
+"""(part of a weight's name): what else such files may hold, to tell the user."""
+
+MAX_PASSES = 3  # of an upscaler over its own result, as in the web UI
+
+
+def load_upscaler(
+    name_or_path: str | os.PathLike[str],
+    library: Library = NO_LIBRARY,
+    *,
+    device: torch.device | str = "cpu",
+    tile: int | None = None,
+    overlap: int | None = None,
+) -> Upscaler:
+    """An upscaler from a file, or by a name that `upscaler_named` knows.
+
+    device: where a network runs; on CUDA in float16, else in float32.
+    tile, overlap: in pixels of the picture to enlarge, 192 and 8 if not said (LDSR: 128 and 64); tile 0: the
+        whole picture at once.
+    Raises CheckpointError if the file is damaged or no known upscaler, LdmError for an unknown name.
+    """
+    path = Path(name_or_path)
+    if isinstance(name_or_path, str) and not path.is_file():
+        return upscaler_named(name_or_path, library, device=device, tile=tile, overlap=overlap)
+    return _tiled(_from_file(path, path.stem, torch.device(device)), tile, overlap)
+
+
+def upscaler_named(
+    name: str,
+    library: Library = NO_LIBRARY,
+    *,
+    device: torch.device | str = "cpu",
+    tile: int | None = None,
+    overlap: int | None = None,
+) -> Upscaler:
+    """An upscaler by its name: one of UPSCALERS, a file's in `library.upscalers`, or the web UI's for that.
+
+    Never a path, so that names in settings of unknown origin lead to no other file.
+    """
+    if name in FILTERS:
+        return FILTERS[name]
+    path = EMBEDDED.get(name) or library.upscaler(WEB_UI.get(name, name))
+    return _tiled(_from_file(path, name, torch.device(device)), tile, overlap)
+
+
+def load_network(weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> RRDBNet | CompactNet:
+    """The network that these weights make, in float16 on CUDA, else in float32.
+
+    Raises CheckpointError if they make none that is known here, or are incomplete.
+    """
+    device = torch.device(device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    for prefix in NESTED:
+        weights = strip(weights, prefix) or weights
+    weights = renamed(weights)
+    shapes = shapes_of(weights)
+    if any(name.startswith("body.0.rdb1.") for name in weights):
+        esrgan = rrdb_config(shapes)
+        return build(lambda: RRDBNet(esrgan), weights, "ESRGAN", device, dtype)
+    if len(shapes.get("body.0.weight", ())) == 4:
+        compact = compact_config(shapes)
+        return build(lambda: CompactNet(compact), weights, "SRVGGNetCompact", device, dtype)
+    for part, what in OTHERS.items():
+        if any(part in name for name in weights):
+            raise CheckpointError(
+                f"it looks like {what}; of networks, ESRGAN, SRVGGNetCompact and LDSR are known"
+            )
+    raise CheckpointError("it is no upscaler that is known here (ESRGAN, SRVGGNetCompact, LDSR)")
+
+
+def enlarged(
+    image: Image.Image, upscaler: Upscaler, width: int, height: int, progress: Progress | None = None
+) -> Image.Image:
+    """The picture in exactly this size, RGB, or RGBA if it has transparency.
+
+    As in the web UI: the upscaler runs over its own result while a side is too small, up to three times; what
+    is then too large, or still too small, is resized by Lanczos. "Nearest" goes to the size at once. Networks
+    of factor 1, which clean pictures, run once.
+    Raises RequestError for a size below one pixel.
+    """
+    if min(width, height) < 1:
+        raise RequestError(f"a picture has at least 1 x 1 pixels, got {width} x {height}")
+    result = image.convert("RGB")
+    if isinstance(upscaler, Filter):
+        result = result.resize((width, height), upscaler.filter)
+    else:
+        passes = _passes(upscaler.factor, max(width / image.width, height / image.height))
+        # Each pass has factor * factor times as many pixels to draw as the one before.
+        ends = list(accumulate((upscaler.factor ** (2 * i) for i in range(passes)), initial=0))
+        for begin, end in pairwise(ends):
+
+            def tick(share: float, begin: int = begin, end: int = end) -> None:
+                if progress is not None:
+                    progress((begin + share * (end - begin)) / ends[-1])
+
+            result = upscaler(result, tick)
+        result = result.resize((width, height), Image.Resampling.LANCZOS)
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        result.putalpha(alpha.resize((width, height), Image.Resampling.LANCZOS))
+    return result
+
+
+def _passes(factor: int, size: float) -> int:
+    """How often an upscaler runs until a picture is `size` times as large."""
+    if factor == 1:
+        return 1
+    return next((i for i in range(MAX_PASSES) if factor**i >= size), MAX_PASSES)
+
+
+def _from_file(path: Path, name: str, device: torch.device) -> NetworkUpscaler | LDSR:
+    weights = read(path).tensors
+    if any(key.startswith(UNET) for key in weights):
+        return load_ldsr(path, device=device)
+    try:
+        return NetworkUpscaler(name, load_network(weights, device))
+    except CheckpointError as error:
+        raise named(path, error) from None
+
+
+def _tiled(upscaler: NetworkUpscaler | LDSR, tile: int | None, overlap: int | None) -> Upscaler:
+    """With other tiles than usual; None: the usual ones."""
+    return replace(
+        upscaler,
+        tile=upscaler.tile if tile is None else tile,
+        overlap=upscaler.overlap if overlap is None else overlap,
+    )
