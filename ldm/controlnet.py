@@ -1,0 +1,222 @@
+"""Steering a model with a picture: ControlNet (Zhang, Rao and Agrawala 2023, arXiv:2302.05543).
+
+A trained copy of the UNet's input half sees the noisy latent and a hint, such as the edges of what is to be
+drawn. What it makes of them passes 1x1 convolutions that began as zero, and is added to the skip connections
+and the middle of the UNet, which itself stays as it was. Parameter names are those of the original files.
+
+Shapes: B batch, h w latent pixels, H W pixels of the hint.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.denoise import Network
+from ldm.errors import RequestError
+from ldm.resize import Mode as Resize
+from ldm.resize import resized
+from ldm.unet import SD1_UNET, InputHalf, UNetConfig
+
+Mode = Literal["balanced", "prompt", "control"]
+
+SOFT = 0.825  # "prompt" and "control": each block counts this much less than the next deeper one (ControlNet)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetConfig:
+    """Shape of a ControlNet; the defaults are those published for Stable Diffusion 1.x."""
+
+    unet: UNetConfig = SD1_UNET  # of the model that it steers; the output half does not matter
+    hint_channels: int = 3
+    hint_widths: tuple[int, ...] = (16, 32, 96, 256)  # of the hint's network; each but the first halves
+
+    @property
+    def factor(self) -> int:
+        """How much larger than the latent the hint is, along one axis: that of the model's autoencoder."""
+        return 2 ** (len(self.hint_widths) - 1)
+
+
+def _hint_block(config: ControlNetConfig) -> nn.Sequential:
+    """Eight convolutions in the published networks, with SiLU between: pixels to features of latent size."""
+    widths = config.hint_widths
+    layers: list[nn.Module] = [nn.Conv2d(config.hint_channels, widths[0], 3, padding=1), nn.SiLU()]
+    for width, wider in pairwise(widths):
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
+        layers += [nn.Conv2d(width, wider, 3, padding=1, stride=2), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], config.unet.model_channels, 3, padding=1))
+
+
+class ControlNet(InputHalf):
+    """A UNet's input half with a second picture as input and one more output for each of its blocks."""
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        super().__init__(config.unet)
+        self.factor = config.factor
+        self.input_hint_block = _hint_block(config)
+        # Each alone in a sequence, for the sake of the names.
+        self.zero_convs = nn.ModuleList(nn.Sequential(nn.Conv2d(c, c, 1)) for c in self.skips)
+        self.middle_block_out = nn.Sequential(nn.Conv2d(self.skips[-1], self.skips[-1], 1))
+
+    def features(self, hint: Tensor) -> Tensor:
+        """What `forward` needs of a hint; the same at every step of a run.
+
+        hint: (B or 1, 3, H, W) in [0, 1]. Returns (B or 1, model_channels, h, w), h = H / factor.
+        """
+        return self.input_hint_block(hint)
+
+    def forward(
+        self,
+        x: Tensor,
+        features: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The residuals that `UNet.forward` takes as `control`: one for each input block, the middle's last.
+
+        features: (B or 1, model_channels, h, w), see there. The rest: as in `UNet.forward`.
+        Raises ValueError if context or y is missing or given in vain.
+        """
+        emb = self.embedding(x, t, context, y)  # (B, E)
+        first, *others = self.input_blocks
+        h = first(x, emb, context, x.shape[2:]) + features
+        residuals = [self.zero_convs[0](h)]
+        for layers, zero_conv in zip(others, self.zero_convs[1:], strict=True):
+            h = layers(h, emb, context, h.shape[2:])
+            residuals.append(zero_conv(h))
+        h = self.middle_block(h, emb, context, h.shape[2:])
+        return [*residuals, self.middle_block_out(h)]
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """One hint for a run, and how much it counts.
+
+    mode: "balanced"; "prompt": the finer blocks count less, so that the prompt decides more; "control": the
+        same, and the negative half of guidance runs without the hint, so that guidance strengthens the hint,
+        too. (The names of the web UI's ControlNet extension: "My prompt is more important", "ControlNet is
+        more important".)
+
+    Raises RequestError where a number makes no sense.
+    """
+
+    network: ControlNet
+    hint: Image.Image  # transparent parts count as black: nothing is there
+    weight: float = 1.0  # 0 to 10; 0: the hint has no effect
+    start: float = 0.0  # of the run, 0 to 1: where the hint begins to count ...
+    end: float = 1.0  # ... and where it ends
+    mode: Mode = "balanced"
+    resize: Resize = "crop"  # how a hint of another shape is made to fit, see ldm.resize
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and 0 <= self.weight <= 10):
+            raise RequestError(f"the weight of a control must be 0 to 10, got {self.weight}")
+        if not 0 <= self.start < self.end <= 1:
+            raise RequestError(
+                f"a control needs 0 <= start < end <= 1, got start {self.start} and end {self.end}"
+            )
+        for name, choices in (("mode", get_args(Mode)), ("resize", get_args(Resize))):
+            if (value := getattr(self, name)) not in choices:
+                raise RequestError(f"{name} of a control must be {', '.join(choices)}, got {value!r}")
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether the hint counts in step 0, 1, ..., steps - 1: if all of it lies between start and end."""
+        return self.start <= step / steps and (step + 1) / steps <= self.end
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A control at work: its hint is encoded, which is done once for a run."""
+
+    network: ControlNet
+    features: Tensor  # (1, model_channels, h, w)
+    scales: tuple[float, ...]  # of each residual
+
+    def residuals(self, x: Tensor, t: Tensor, context: Tensor | None, y: Tensor | None) -> list[Tensor]:
+        # Of an inpainting model's input, only the noisy latent: the ControlNet is the common model's.
+        x = x[:, : self.network.config.in_channels]
+        found = self.network(x, self.features, t, context, y)
+        return [scale * residual for scale, residual in zip(self.scales, found, strict=True)]
+
+
+@torch.no_grad()
+def prepared(control: Control, unet: UNetConfig, *, width: int, height: int, factor: int) -> Prepared:
+    """Make a control ready for pictures of width x height pixels.
+
+    unet, factor: of the model that runs, and of its autoencoder.
+    Raises RequestError if the ControlNet is for another model.
+    """
+    network = control.network
+    check_fit(network, unet, factor)
+    weight = network.input_hint_block[0].weight
+    assert isinstance(weight, Tensor)  # for the type checker
+    hint = to_hint(control.hint, width, height, control.resize).to(weight.device, weight.dtype)
+    return Prepared(network, network.features(hint), scales(control, len(network.skips) + 1))
+
+
+def check_fit(network: ControlNet, unet: UNetConfig, factor: int | None) -> None:
+    """Raise RequestError if a ControlNet is not for this UNet and an autoencoder of this factor, if known."""
+    own = network.config
+    for what, theirs, ours in (
+        ("text of width", own.context_dim, unet.context_dim),
+        ("a vector of width", own.vector_dim, unet.vector_dim),
+        ("levels of width", own.widths, unet.widths),
+        ("ResBlocks per level:", own.num_res_blocks, unet.num_res_blocks),
+        ("pixels per latent pixel:", network.factor, factor or network.factor),
+    ):
+        if theirs != ours:
+            raise RequestError(
+                f"the ControlNet is for another model: it has {what} {theirs}, the model {ours}; "
+                "use one made for this model"
+            )
+
+
+def to_hint(image: Image.Image, width: int, height: int, resize: Resize = "crop") -> Tensor:
+    """A picture as a hint: (1, 3, height, width) float32 in [0, 1], RGB. resize: see ldm.resize."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    pixels = np.asarray(resized(image.convert("RGB"), width, height, resize), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W)
+
+
+def scales(control: Control, count: int) -> tuple[float, ...]:
+    """How much each of `count` residuals counts, the middle block's last.
+
+    In the soft modes weight * 0.825^(count - 1 - i): what the original code writes for 13 residuals (its
+    "guess mode"), counted from the middle for any number of them.
+    """
+    if control.mode == "balanced":
+        return (control.weight,) * count
+    return tuple(control.weight * SOFT ** (count - 1 - i) for i in range(count))
+
+
+@dataclass(frozen=True, eq=False)
+class Controlled:
+    """A network under one or several controls, whose residuals add up; called like the network itself."""
+
+    network: Network
+    controls: Sequence[Prepared]
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """As `UNet.forward`; `control`: residuals of others, added too."""
+        found = [one.residuals(x, t, context, y) for one in self.controls]
+        if control is not None:
+            found.append([*control])
+        total = [reduce(torch.add, parts) for parts in zip(*found, strict=True)]
+        return self.network(x, t, context, y, total or None)
