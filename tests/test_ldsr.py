@@ -15,8 +15,9 @@ from ldm.errors import CheckpointError, RequestError
 from ldm.families.original import LDSR as FAMILY
 from ldm.formats import write_safetensors
 from ldm.models import Models
+from ldm.upscalers import enlarged, load_latent
 from ldm.upscalers.latent import padded
-from ldm.upscalers.ldsr import LDSR, load_ldsr
+from ldm.upscalers.ldsr import LDSR
 
 
 def ldsr(**settings: int | float) -> LDSR:
@@ -115,6 +116,13 @@ def test_any_picture_becomes_four_times_as_large() -> None:
     assert shares == pytest.approx([i / 6 for i in range(1, 7)])
 
 
+def test_any_size_is_drawn_from_a_quarter_of_it() -> None:
+    shares: list[float] = []
+    large = enlarged(pattern(200, 150), LDSR(knowing_models(), steps=1), 301, 222, shares.append)
+    assert large.size == (301, 222)
+    assert len(shares) == 2  # one tile of 128 pixels, one step, and decoding; not the four of 256 pixels
+
+
 def test_the_averaged_weights_of_a_checkpoint_are_taken(tmp_path: Path) -> None:
     weights = tiny("ldsr").state_dict()
     name = "model.diffusion_model.out.2.bias"
@@ -129,14 +137,16 @@ def test_the_averaged_weights_of_a_checkpoint_are_taken(tmp_path: Path) -> None:
     trained = tmp_path / "trained.safetensors"
     write_safetensors(trained, with_averages)
     small = random_small(8, 8)
-    first, second = (replace(load_ldsr(path), steps=1).draw(small) for path in (plain, trained))
+    first, second = (replace(load_latent(path), steps=1).draw(small) for path in (plain, trained))
     assert torch.equal(first, second)
 
 
 def test_other_models_and_numbers_that_cannot_work_are_refused(tmp_path: Path) -> None:
     tiny("unconditional").save(tmp_path / "faces.safetensors")
-    with pytest.raises(CheckpointError, match=r"faces is latent diffusion, unconditional, not latent"):
-        load_ldsr(tmp_path / "faces.safetensors")
+    with pytest.raises(CheckpointError, match=r"faces is latent diffusion, unconditional, which enlarges no"):
+        load_latent(tmp_path / "faces.safetensors")
+    with pytest.raises(CheckpointError, match=r"unconditional, not latent diffusion super-resolution"):
+        LDSR(tiny("unconditional"))
     with pytest.raises(CheckpointError, match="no autoencoder"):
         LDSR(replace(tiny("ldsr"), vae=None))
     for settings in ({"steps": 0}, {"steps": 1001}, {"eta": 1.5}, {"seed": -1}, {"tile": 64, "overlap": 64}):

@@ -19,15 +19,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import build, named, shapes_of
+from ldm.checkpoint import build, load, named, shapes_of
 from ldm.errors import CheckpointError, RequestError
 from ldm.families.family import UNET, strip
 from ldm.formats import read
 from ldm.library import NO_LIBRARY, Library
 from ldm.upscalers.compact import CompactNet, compact_config
 from ldm.upscalers.esrgan import RRDBNet, renamed, rrdb_config
-from ldm.upscalers.ldsr import LDSR, load_ldsr
+from ldm.upscalers.latent import LatentUpscaler
+from ldm.upscalers.ldsr import LDSR
 from ldm.upscalers.upscaler import Filter, NetworkUpscaler, Progress, Upscaler, interpolated
+from ldm.upscalers.x4 import X4Upscaler
 
 __all__ = [
     "DEFAULT",
@@ -37,6 +39,7 @@ __all__ = [
     "Upscaler",
     "enlarged",
     "interpolated",
+    "load_latent",
     "load_network",
     "load_upscaler",
     "upscaler_named",
@@ -141,6 +144,20 @@ def load_network(weights: Mapping[str, Tensor], device: torch.device | str = "cp
     raise CheckpointError("it is no upscaler that is known here (ESRGAN, SRVGGNetCompact, LDSR)")
 
 
+def load_latent(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LatentUpscaler:
+    """LDSR or the Stable Diffusion x4 upscaler, from the published checkpoint.
+
+    The averaged weights (EMA) are taken where the file holds them, as the original of LDSR does.
+    Raises CheckpointError if the file is damaged or another model's.
+    """
+    averaged = any(name.startswith("model_ema.") for name in read(path).tensors)
+    models = load(path, device=device, ema=averaged)
+    for kind in (LDSR, X4Upscaler):
+        if models.family is kind.family:
+            return kind(models)
+    raise CheckpointError(f"{models.name} is {models.family.title}, which enlarges no pictures")
+
+
 def enlarged(
     image: Image.Image, upscaler: Upscaler, width: int, height: int, progress: Progress | None = None
 ) -> Image.Image:
@@ -148,7 +165,8 @@ def enlarged(
 
     As in the web UI: the upscaler runs over its own result while a side is too small, up to three times; what
     is then too large, or still too small, is resized by Lanczos. "Nearest" goes to the size at once. Networks
-    of factor 1, which clean pictures, run once.
+    of factor 1, which clean pictures, run once; so does latent diffusion, which draws all detail anew: from a
+    quarter of the size, to which the picture is brought before.
     Raises RequestError for a size below one pixel.
     """
     if min(width, height) < 1:
@@ -156,6 +174,10 @@ def enlarged(
     result = image.convert("RGB")
     if isinstance(upscaler, Filter):
         result = result.resize((width, height), upscaler.filter)
+    elif isinstance(upscaler, LatentUpscaler):
+        quarter = (-(-width // upscaler.factor), -(-height // upscaler.factor))
+        result = upscaler(result.resize(quarter, Image.Resampling.LANCZOS), progress)
+        result = result.resize((width, height), Image.Resampling.LANCZOS)
     else:
         passes = _passes(upscaler.factor, max(width / image.width, height / image.height))
         # Each pass has factor * factor times as many pixels to draw as the one before.
@@ -181,17 +203,17 @@ def _passes(factor: int, size: float) -> int:
     return next((i for i in range(MAX_PASSES) if factor**i >= size), MAX_PASSES)
 
 
-def _from_file(path: Path, name: str, device: torch.device) -> NetworkUpscaler | LDSR:
+def _from_file(path: Path, name: str, device: torch.device) -> NetworkUpscaler | LatentUpscaler:
     weights = read(path).tensors
     if any(key.startswith(UNET) for key in weights):
-        return load_ldsr(path, device=device)
+        return load_latent(path, device=device)
     try:
         return NetworkUpscaler(name, load_network(weights, device))
     except CheckpointError as error:
         raise named(path, error) from None
 
 
-def _tiled(upscaler: NetworkUpscaler | LDSR, tile: int | None, overlap: int | None) -> Upscaler:
+def _tiled(upscaler: NetworkUpscaler | LatentUpscaler, tile: int | None, overlap: int | None) -> Upscaler:
     """With other tiles than usual; None: the usual ones."""
     return replace(
         upscaler,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import ClassVar
 
@@ -50,9 +50,9 @@ class LatentUpscaler(ABC):
     tile: int = 128
     overlap: int = 64
 
-    name: ClassVar[str]
+    name: str = field(init=False)
+    factor: int = field(init=False, default=4)
     family: ClassVar[Family]
-    factor: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         if self.models.family is not self.family:

@@ -14,16 +14,13 @@ steps of DDIM with eta 1, padding, tiles, the averaged weights. The differences:
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import load
 from ldm.denoise import Conditioning
 from ldm.families.original import LDSR as FAMILY
-from ldm.formats import read
 from ldm.noise import GaussianNoise
 from ldm.upscalers.latent import LatentUpscaler
 from ldm.upscalers.upscaler import Progress
@@ -31,9 +28,9 @@ from ldm.upscalers.upscaler import Progress
 
 @dataclass(frozen=True)
 class LDSR(LatentUpscaler):
-    """The upscaler; `load_ldsr` makes one from its checkpoint."""
+    """The upscaler; `ldm.upscalers.load_latent` makes one from its checkpoint."""
 
-    name = "LDSR"
+    name: str = field(init=False, default="LDSR")
     family = FAMILY
 
     @torch.no_grad()
@@ -43,12 +40,3 @@ class LDSR(LatentUpscaler):
 
         noise = GaussianNoise(small.shape[1:], [self.seed], device=small.device)
         return self.sample(denoise, small, noise, tick)
-
-
-def load_ldsr(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LDSR:
-    """Load the published checkpoint, with its averaged weights (EMA) where it holds them, as the original.
-
-    Raises CheckpointError if the file is damaged or not an LDSR model.
-    """
-    averaged = any(name.startswith("model_ema.") for name in read(path).tensors)
-    return LDSR(load(path, device=device, ema=averaged))

@@ -12,7 +12,7 @@ going on to no noise at all.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class X4Upscaler(LatentUpscaler):
     noise_level: int = 20
     cfg_scale: float = 9.0
 
-    name = "Stable Diffusion x4"
+    name: str = field(init=False, default="Stable Diffusion x4")
     family = X4_UPSCALER
 
     def __post_init__(self) -> None:
