@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ldm.errors import RequestError, check_range
+from ldm.soft_inpainting import Soft
 
 ResizeMode = Literal["resize", "crop", "fill", "latent"]
 """How a picture of another shape fits: stretched, cut, with its edges stretched, or stretched as a latent."""
@@ -31,6 +32,7 @@ class Edit:
     only_masked: bool = False  # work on the part around the mask alone, in full resolution
     padding: int = 32  # pixels around that part
     mask_weight: float = 1.0  # inpainting models: how far the mask hides the picture, 0 to 1
+    soft: Soft | None = None  # soft inpainting: let pixels keep a share of the picture
 
     def __post_init__(self) -> None:
         if self.strength is not None and not 0 < self.strength <= 1:

@@ -16,7 +16,8 @@ class Guides:
     """What leads one step: towards each of `positive` by its weight, away from `negative`."""
 
     positive: tuple[tuple[Conditioning, float], ...]
-    negative: Conditioning | None  # None: not needed, see `needs_negative`
+    negative: Conditioning | None = None  # None: not needed, see `needs_negative`
+    bare: Conditioning | None = None  # `negative` without the given picture, for InstructPix2Pix
 
     @classmethod
     def one(cls, positive: Conditioning, negative: Conditioning | None = None) -> "Guides":
@@ -29,23 +30,36 @@ def needs_negative(weights: Sequence[float], scale: float) -> bool:
     return scale * sum(weights) != 1.0
 
 
-def cfg(denoiser: Denoiser, guides: Guides, scale: float, rescale: float = 0.0) -> Denoise:
+def cfg(
+    denoiser: Denoiser,
+    guides: Guides,
+    scale: float,
+    rescale: float = 0.0,
+    *,
+    image_scale: float = 1.0,
+    away: Denoiser | None = None,
+) -> Denoise:
     """Classifier-free guidance, with any number of prompts.
 
     denoised = D(negative) + scale * sum of w_i (D(positive_i) - D(negative)). Ho and Salimans 2022,
     arXiv:2207.12598, equation 6, with scale = w + 1; for several prompts Liu et al. 2022, arXiv:2206.01714,
     equation 11. Without `negative`, the mean of the positive predictions.
+    With `bare`, the first term is D(bare) + image_scale (D(negative) - D(bare)): Brooks et al. 2022,
+    arXiv:2211.09800, equation 3.
     rescale: 0 to 1, how far to bring the contrast back to that of the prediction at scale 1 (`rescaled`).
+    away: predicts the negative half, if another denoiser than for the positive one shall do that.
     """
     conditionings, weights = zip(*guides.positive, strict=True)
-    negative = guides.negative if needs_negative(weights, scale) else None
-    batches = [*_batches([*conditionings, *([] if negative is None else [negative])])]
+    pairs = [(denoiser, one) for one in conditionings]
+    if guides.negative is not None and (guides.bare is not None or needs_negative(weights, scale)):
+        pairs += [(away or denoiser, one) for one in (guides.negative, guides.bare) if one is not None]
+    batches = [*_batches(pairs)]
 
     def predict(x: Tensor, sigma: float) -> list[Tensor]:
         return [
             one
-            for count, batch in batches
-            for one in denoiser(torch.cat([x] * count) if count > 1 else x, sigma, batch).chunk(count)
+            for count, listener, batch in batches
+            for one in listener(torch.cat([x] * count) if count > 1 else x, sigma, batch).chunk(count)
         ]
 
     def weighted(predictions: Sequence[Tensor]) -> Tensor:
@@ -53,19 +67,29 @@ def cfg(denoiser: Denoiser, guides: Guides, scale: float, rescale: float = 0.0) 
             torch.add, (p if w == 1.0 else w * p for w, p in zip(weights, predictions, strict=True))
         )
 
-    if negative is None:
+    if len(pairs) == len(weights):
         total = sum(weights)
         return lambda x, sigma: (
             weighted(predict(x, sigma)) if total == 1.0 else weighted(predict(x, sigma)) / total
         )
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        *predictions, away = predict(x, sigma)
-        direction = weighted([p - away for p in predictions])
-        guided = away + scale * direction
-        return rescaled(x, sigma, guided, away + direction, rescale) if rescale > 0 else guided
+        found = predict(x, sigma)
+        predictions, (least, *bare) = found[: len(weights)], found[len(weights) :]
+        direction = weighted([p - least for p in predictions])
+        base = bare[0] + image_scale * (least - bare[0]) if bare else least
+        guided = base + scale * direction
+        return rescaled(x, sigma, guided, base + direction, rescale) if rescale > 0 else guided
 
     return denoise
+
+
+def keeping(denoise: Denoise, latents: Tensor, mask: Tensor) -> Denoise:
+    """Denoise only where the mask is 1; elsewhere the answer is what is there already.
+
+    latents: (B, C, h, w), the given picture. mask: (1, 1, h, w) in [0, 1].
+    """
+    return lambda x, sigma: torch.lerp(latents, denoise(x, sigma), mask)
 
 
 def rescaled(x: Tensor, sigma: float, guided: Tensor, positive: Tensor, amount: float) -> Tensor:
@@ -81,8 +105,15 @@ def rescaled(x: Tensor, sigma: float, guided: Tensor, positive: Tensor, amount: 
     return origin + v_guided * (amount * ratio + (1 - amount))
 
 
-def _batches(conditionings: Sequence[Conditioning]) -> Iterator[tuple[int, Conditioning]]:
-    """Neighbours with equally long contexts in one batch: (how many, all of them)."""
-    for _, group in groupby(conditionings, lambda c: None if c.context is None else c.context.shape[1]):
-        joined = [*group]
-        yield len(joined), reduce(Conditioning.joined, joined)
+def _batches(
+    pairs: Sequence[tuple[Denoiser, Conditioning]],
+) -> Iterator[tuple[int, Denoiser, Conditioning]]:
+    """Neighbours with the same denoiser and equally long contexts in one batch, and how many they are."""
+
+    def kind(pair: tuple[Denoiser, Conditioning]) -> tuple[int, int | None]:
+        denoiser, one = pair
+        return id(denoiser), None if one.context is None else one.context.shape[1]
+
+    for _, group in groupby(pairs, kind):
+        listeners, joined = zip(*group, strict=True)
+        yield len(joined), listeners[0], reduce(Conditioning.joined, joined)

@@ -62,6 +62,12 @@ def to_pil(pixels: Tensor, text: str | None = None, *, truncate: bool = False) -
     return image if text is None else with_text(image, text)
 
 
+def to_tensor(image: Image.Image, device: torch.device | str = "cpu") -> Tensor:
+    """An RGB picture as an autoencoder reads it: (1, 3, H, W) float32 in [-1, 1]."""
+    levels = torch.from_numpy(np.array(image, dtype=np.float32))  # (H, W, 3)
+    return (levels / 127.5 - 1).permute(2, 0, 1).unsqueeze(0).to(device)
+
+
 def with_text(image: Image.Image, text: str) -> Image.Image:
     """Let a picture carry its settings: in `info`, as if read from a file, and into what it is saved to.
 

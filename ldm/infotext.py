@@ -16,17 +16,22 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import ldm
+from ldm import edit_text
 from ldm.compat import DEFAULT
-from ldm.families import ClipPart
+from ldm.edit_text import number
+from ldm.families import ClipPart, Concat
 from ldm.models import Models
 from ldm.request import Request
 from ldm.samplers import SAMPLERS
 from ldm.spacings import SPACINGS
 
+PLAIN = Request()  # with every default
+
 SETTINGS: Mapping[str, tuple[str, type[int] | type[float]]] = MappingProxyType(
     {
         "Steps": ("steps", int),
         "CFG scale": ("cfg_scale", float),
+        "Image CFG scale": ("image_cfg_scale", float),
         "Seed": ("seed", int),
         "Variation seed": ("variation_seed", int),
         "Variation seed strength": ("variation_strength", float),
@@ -44,16 +49,21 @@ SETTINGS: Mapping[str, tuple[str, type[int] | type[float]]] = MappingProxyType(
         "Schedule max sigma": ("sigma_max", float),
         "Schedule min sigma": ("sigma_min", float),
         "Schedule rho": ("rho", float),
+        "Refiner switch at": ("refiner_switch", float),
     }
 )
 """Fields that are numbers: (the field of `Request`, its type)."""
 
-OTHER_SETTINGS = ("Sampler", "Schedule type", "Size", "Seed resize from", "RNG", "Emphasis", "Compatibility")
+OTHER_SETTINGS = (
+    *("Sampler", "Schedule type", "Size", "Seed resize from", "Tiling", "RNG", "Emphasis", "Compatibility"),
+    *edit_text.NAMES,
+)
 EXACT = {"prompt": "Exact prompt", "negative_prompt": "Exact negative prompt"}
 
 ABOUT_FILES = (
     *("Model hash", "Model", "VAE hash", "VAE"),
     *("Lora hashes", "TI hashes", "Hypernet hashes", "Hashes"),
+    *("Refiner", "Init image hash", "Mask hash", "Depth hash"),
 )
 ABOUT_MODELS = ("Prediction", "EMA", "Precision")
 REMARKS = (
@@ -63,9 +73,11 @@ REMARKS = (
 """Fields that decide nothing, or nothing that a `Request` could: `ldm.reproduce` sees to the files."""
 
 ELSEWHERE = (
-    *("Denoising strength", "Hires upscale", "Hires resize", "Hires steps", "Hires upscaler"),
-    *("Face restoration", "Tiling", "Conditional mask weight", "Mask blur", "Token merging ratio"),
-    *("Refiner", "Refiner switch at", "Pad conds", "Discard penultimate sigma"),
+    "Face restoration",
+    "First pass size",
+    "Token merging ratio",
+    "Pad conds",
+    "Discard penultimate sigma",
 )
 """Fields of the web UI that are not done here, as far as they are needed to recognise its text."""
 
@@ -87,6 +99,7 @@ def infotext(
     request: Request,
     models: Models,
     hashes: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    inputs: Mapping[str, str] = MappingProxyType({}),
     *,
     place: int = 0,
 ) -> str:
@@ -94,13 +107,14 @@ def infotext(
 
     request: as settled by `ldm.pipeline.plan`: nothing that decides the picture is None.
     hashes: of further files that took part, {"Lora hashes": {name: hash}, "TI hashes": ...}.
+    inputs: fields on the given pictures, see `ldm.inputs.Inputs.fields`.
     place: of the picture in its batch. It is written, as the last bits of a network's output depend on the
         size of the batch: only the whole batch makes exactly the same picture again.
 
     A prompt that the layout cannot hold, such as one with a line "Negative prompt:" in it, is written a
     second time as a field in quotes, so that every request reads back as it was.
     """
-    fields = [*_fields(request.single(place), models, hashes)]
+    fields = [*_fields(request.single(place), models, hashes, inputs)]
     if request.batch_size > 1:
         fields[-1:-1] = [("Batch size", str(request.batch_size)), ("Batch pos", str(place))]
     plain = parse(_layout(request.prompt, request.negative_prompt, fields))
@@ -124,7 +138,10 @@ def quote(text: str) -> str:
 
 
 def _fields(
-    request: Request, models: Models, hashes: Mapping[str, Mapping[str, str]]
+    request: Request,
+    models: Models,
+    hashes: Mapping[str, Mapping[str, str]],
+    inputs: Mapping[str, str],
 ) -> Iterator[tuple[str, str]]:
     """(name, quoted value) in the order of the web UI; what only we have comes after, the version last."""
     assert request.sampler is not None
@@ -133,7 +150,9 @@ def _fields(
     yield "Steps", str(request.steps)
     yield "Sampler", request.sampler
     yield "Schedule type", SPACINGS[request.schedule].label
-    yield "CFG scale", _number(request.cfg_scale)
+    yield "CFG scale", number(request.cfg_scale)
+    if models.family.concat is Concat.PICTURE or request.image_cfg_scale != PLAIN.image_cfg_scale:
+        yield "Image CFG scale", number(request.image_cfg_scale)
     yield "Seed", str(request.seed)
     yield "Size", f"{request.width}x{request.height}"
     if models.hash is not None:
@@ -144,15 +163,26 @@ def _fields(
         yield "VAE", quote(models.vae_path.name)
     if request.variation_strength:
         yield "Variation seed", str(request.variation_seed)
-        yield "Variation seed strength", _number(request.variation_strength)
+        yield "Variation seed strength", number(request.variation_strength)
     if request.seed_resize_from:
         yield "Seed resize from", "{}x{}".format(*request.seed_resize_from)
+    further = [*edit_text.written(request.edit, request.hires)]  # the strength is the first of them
+    yield from further[:1]
     usual_skips = {part.skip for part in models.family.parts if isinstance(part, ClipPart)}
     if request.clip_skip is not None and (request.clip_skip > 1 or usual_skips != {1}):
         yield "Clip skip", str(request.clip_skip)
     if request.ensd:
         yield "ENSD", str(request.ensd)
+    for name, text in inputs.items():
+        yield name, quote(text)
     yield "RNG", "NV" if request.compat.noise == "philox" else "CPU"
+    if request.tiling:
+        yield "Tiling", "True"
+    yield from ((name, quote(text)) for name, text in further[1:])
+    if models.refiner is not None:
+        yield "Refiner", quote(f"{models.refiner.name} [{models.refiner.hash}]")
+    if models.refiner is not None or request.refiner_switch != PLAIN.refiner_switch:
+        yield "Refiner switch at", number(request.refiner_switch)
     for name, files in hashes.items():
         if files:
             yield name, quote(", ".join(f"{file}: {short}" for file, short in files.items()))
@@ -161,7 +191,7 @@ def _fields(
     if request.compat.emphasis != DEFAULT.emphasis:
         yield "Emphasis", request.compat.emphasis.capitalize()
     if request.cfg_rescale:
-        yield "CFG rescale", _number(request.cfg_rescale)
+        yield "CFG rescale", number(request.cfg_rescale)
     if models.denoiser.prediction is not models.family.prediction:
         yield "Prediction", models.denoiser.prediction.value
     if models.ema:
@@ -187,12 +217,7 @@ def _options(request: Request) -> Iterator[tuple[str, str]]:
     elsewhere.add("Sampler order" if request.sampler == "UniPC" else "UniPC order")
     for name, (setting, _) in SETTINGS.items():
         if setting in given and given[setting] != defaults.get(setting) and name not in elsewhere:
-            yield name, _number(given[setting])
-
-
-def _number(value: float) -> str:
-    """7.0 -> "7", 6.5 -> "6.5": the shortest text that reads back as the same number."""
-    return repr(value).removesuffix(".0")
+            yield name, number(given[setting])
 
 
 @dataclass(frozen=True)

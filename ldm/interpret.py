@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from ldm import edit_text
 from ldm.compat import DEFAULT, PROFILES, Compatibility
 from ldm.denoise import Prediction
 from ldm.errors import LdmError, RequestError, SamplerError
@@ -34,6 +35,14 @@ def request(info: Infotext) -> tuple[Request, list[str]]:
         except (LdmError, ValueError) as error:
             reason = str(error) if isinstance(error, LdmError) else "that is no number"
             notes.append(printable(f"{name}: {value[:60]} is left out: {reason}", 200))
+
+    def note(name: str, value: str) -> None:
+        notes.append(printable(f"{name}: {value[:60]} is left out: it means nothing here", 200))
+
+    try:
+        made = replace(made, **edit_text.read(info.fields, note))  # pyright: ignore[reportArgumentType]
+    except LdmError as error:
+        notes.append(printable(f"{edit_text.STRENGTH} and what belongs to it are left out: {error}", 200))
     made = _with_usable_options(made, notes)
     if _older(info, (1, 8, 0)):
         notes.append(
@@ -61,13 +70,17 @@ def _setting(name: str, value: str, made: Request, info: Infotext) -> dict[str, 
         case "RNG":
             noise = "cpu" if value.upper() == "CPU" else "philox"
             return {"compat": replace(made.compat, noise=noise)}
+        case "Tiling":
+            return {"tiling": value == "True"}
         case "Emphasis":
             return {"compat": replace(made.compat, emphasis=value.lower())}
         case "Version" if _older(info, (1, 6, 0)):
             return {"compat": replace(made.compat, old_edit_times=True)}
         case "Compatibility":
             return {"compat": _compatibility(value, made.compat)}
-        case _ if name in ABOUT_FILES or name in ABOUT_MODELS or name in REMARKS:
+        case _ if name in (*ABOUT_FILES, *ABOUT_MODELS, *REMARKS, *edit_text.NAMES):
+            return {}
+        case _ if info.ours and name.startswith("ControlNet "):
             return {}
         case _:
             raise RequestError("this is not done here")

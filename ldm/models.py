@@ -40,6 +40,7 @@ class Models:
     vae_path: Path | None = None  # the file of the VAE, if it was another one
     ema: bool = False  # the UNet's weights are the averaged ones of that file
     library: Library = NO_LIBRARY  # where names in prompts are looked up
+    refiner: "Models | None" = None  # takes over near the end of a run (SDXL), see Request.refiner_switch
 
     @property
     def unet(self) -> UNet:

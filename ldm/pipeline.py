@@ -1,216 +1,164 @@
 """From a request to pictures, in one page.
 
-prompt -> conditioning -> guidance -> sampler -> decoder -> picture. Nothing imports this module but `ldm`
-itself: copy `sample` and alter it to make a pipeline of your own.
+prompt -> conditioning -> guidance -> sampler -> decoder -> picture. What settles a request is in
+ldm/planning.py, what leads its steps in ldm/conditioning.py, what happens to given pictures in ldm/canvas.py.
+Nothing imports this module but `ldm` itself and what stands on top of it: copy `sample` and alter it to make
+a pipeline of your own.
 """
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm import networks, schedules
-from ldm.denoise import Conditioning
-from ldm.errors import LdmError, RequestError
-from ldm.families import Concat, Picture
-from ldm.guidance import Guides, cfg, needs_negative
-from ldm.images import to_pil
+from ldm import hires, masks, networks, soft_inpainting
+from ldm.conditioning import denoisers
+from ldm.controlnet import Control
+from ldm.families import Concat
+from ldm.images import to_pil, with_text
 from ldm.infotext import infotext
+from ldm.inputs import NO_INPUTS, Inputs
+from ldm.latents import decode, encode
 from ldm.models import Models
-from ldm.networks import Networks
 from ldm.noise import STREAMS, BrownianNoise, Noise, starting_noise
+from ldm.planning import Plan, autoencoder, plan
 from ldm.request import Request
-from ldm.samplers import Sampler, Step, parse
-from ldm.text import editing
-from ldm.text.prompt import compose, without_comments
-from ldm.vae import AutoencoderKL, VQModel
+from ldm.resize import resized
+from ldm.samplers import Step
+from ldm.seamless import seamless
+from ldm.soft_inpainting import Soft
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A request with every open choice settled: what will run."""
-
-    request: Request
-    width: int  # pixels
-    height: int
-    steps: int
-    cfg_scale: float
-    sampler: Sampler
-    spacing: str  # of the noise levels, a name of ldm.spacings.SPACINGS
-    sigmas: tuple[float, ...]  # steps + 1 levels, the last one 0 (DDIM as in other programs: see compat)
-    latent_shape: tuple[int, int, int]  # (C, h, w)
-    prompt: str  # without comments and the tags that name files
-    negative_prompt: str  # without comments
-    networks: Networks  # the files named
-
-    @property
-    def settled(self) -> Request:
-        """The request with nothing left open, as it is written into the pictures."""
-        return replace(
-            self.request,
-            width=self.width,
-            height=self.height,
-            steps=self.steps,
-            cfg_scale=self.cfg_scale,
-            sampler=self.sampler.name,
-            schedule=self.spacing,
-        )
-
-
-def plan(models: Models, request: Request) -> Plan:
-    """Settle what the request leaves open, from the model's family and the sampler; find the files it names.
-
-    Raises RequestError, PromptError or SamplerError if the request does not fit the model, LdmError if a part
-    or a file is missing.
-    """
-    family, vae = models.family, autoencoder(models)
-    if family.parts and not models.text:
-        raise LdmError(
-            f"{models.name} holds no text encoder; load a whole checkpoint and put this UNet into it: "
-            "dataclasses.replace(whole, denoiser=models.denoiser)"
-        )
-    sampler, spacing = parse(request.sampler or family.sampler, request.schedule)
-    spacing = family.spacings.get(spacing, spacing)
-    sampler.check_options(request.sampler_options())
-    steps = request.steps or family.steps
-    sigmas = _sigmas(models, request, sampler, steps, spacing)
-    factor = vae.config.factor
-    width, height = request.width or models.default_size, request.height or models.default_size
-    for name, value in (("width", width), ("height", height)):
-        if value % factor:
-            near = max(round(value / factor), 1) * factor
-            raise RequestError(f"{name} must be a multiple of {factor}, got {value}; try {near}")
-    negative_prompt = without_comments(request.negative_prompt)
-    prompt, found = networks.find(models, without_comments(request.prompt), negative_prompt)
-    return Plan(
-        request=request,
-        width=width,
-        height=height,
-        steps=steps,
-        cfg_scale=family.cfg_scale if request.cfg_scale is None else request.cfg_scale,
-        sampler=sampler,
-        spacing=spacing,
-        sigmas=tuple(sigmas),
-        latent_shape=(vae.config.embed_dim, height // factor, width // factor),
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        networks=found,
-    )
-
-
-def _sigmas(models: Models, request: Request, sampler: Sampler, steps: int, spacing: str) -> list[float]:
-    """The noise levels of the run, as the request's `compat` wants them."""
-    schedule, compat = models.denoiser.schedule, request.compat
-    if spacing == sampler.spacing == "ddim_uniform" and compat.ddim_levels != "exact":
-        return schedules.ddim_levels(schedule, steps, compat.ddim_levels)
-    low, high = request.sigma_min, request.sigma_max
-    if spacing == "karras" and compat.old_karras_range:
-        low, high = low or 0.1, high or 10.0
-    return sampler.sigmas(schedule, steps, spacing, sigma_min=low, sigma_max=high, rho=request.rho)
-
-
-@torch.no_grad()
-def conditioning(models: Models, run: Plan) -> list[Guides]:
-    """What leads each step of the run: the same object where the prompt does not change.
-
-    Each text is encoded once, by itself. The negative half is None where it is not needed: at cfg_scale 1,
-    and for models without conditioning.
-    """
-    family, request = models.family, run.request
-    concat = _grey(models, run) if family.concat is Concat.INPAINT else None
-
-    @cache
-    def encode(text: str, negative: bool) -> Conditioning:
-        picture = Picture(
-            width=run.width,
-            height=run.height,
-            negative=negative,
-            clip_skip=request.clip_skip,
-            compat=request.compat,
-            embeddings=run.networks.embeddings,
-        )
-        one = family.condition(models.text, models.tokenizer, text, picture)
-        return replace(one, concat=concat).expanded(request.batch_size)
-
-    steps, late = len(run.sigmas) - 1, request.compat.late_first_edit
-    parts, weights = zip(*compose(run.prompt), strict=True)
-    old = request.compat.old_edit_times
-    prompts = [editing.schedule(text, steps, old=old) for text in parts]
-    negative = editing.schedule(run.negative_prompt, steps, old=old)
-    needed = family.parts and needs_negative(weights, run.cfg_scale)
-
-    @cache
-    def guides(texts: tuple[str, ...], away: str) -> Guides:
-        found = (encode(text, False) for text in texts)
-        return Guides(tuple(zip(found, weights, strict=True)), encode(away, True) if needed else None)
-
-    def text(schedule: editing.Schedule, step: int) -> str:
-        return schedule.text(schedule.at(step, late=late))
-
-    return [guides(tuple(text(p, step) for p in prompts), text(negative, step)) for step in range(steps)]
-
-
-def sample(models: Models, request: Request) -> Iterator[Step]:
+def sample(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Iterator[Step]:
     """Run the request, one step at a time; the last step's x is the finished latent (B, C, h, w) float32.
 
+    A second pass follows with steps of its own size, which are counted on.
     LoRA files and hypernetworks that the prompt names change the model until the run ends or is closed: one
     run at a time on the same `models`.
     """
-    run = plan(models, request)
-    with networks.applied(models, run.networks):
-        guides = conditioning(models, run)
-        by_guides = {id(g): cfg(models.denoiser, g, run.cfg_scale, request.cfg_rescale) for g in guides}
+    run = plan(models, request, inputs)
+    step = None
+    for step in descend(models, run, given(models, run)):
+        yield step
+    if run.second is not None and step is not None:
+        made = len(run.sigmas) - 1
+        for following in descend(models, run.second, hires.larger_latents(models, run, step.x)):
+            yield following._replace(index=made + following.index)
+
+
+def descend(models: Models, run: Plan, latents: Tensor | None) -> Iterator[Step]:
+    """One way down through the noise levels, from latents (B, C, h, w) or, if None, from noise alone."""
+    with changed(models, run):
+        guided = denoisers(models, run)
         at = 0  # the step at hand, by its noise level: some samplers choose their number of steps themselves
+        x, noise, keep = start(models, run, latents)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            return by_guides[id(guides[at])](x, sigma)
+            return keep(guided[at](x, sigma), sigma)
 
-        x, noise = start(models, run)
-        for step in run.sampler(denoise, x, run.sigmas, noise, **request.sampler_options()):
-            at = min(sum(level > step.sigma_next for level in run.sigmas), len(guides) - 1)
-            last = step.sigma_next == run.sigmas[-1] > 0
-            yield step._replace(x=run.sampler.finish(step.x, step.sigma_next)) if last else step
+        for step in run.sampler(denoise, x, run.sigmas, noise, **run.request.sampler_options()):
+            at = min(sum(level > step.sigma_next for level in run.sigmas), len(guided) - 1)
+            if step.sigma_next == run.sigmas[-1]:
+                step = step._replace(x=keep(run.sampler.finish(step.x, step.sigma_next), 0.0))
+            yield step
 
 
-def start(models: Models, run: Plan) -> tuple[Tensor, Noise]:
-    """The state in which the run begins (B, C, h, w), and the noise for the sampler's steps."""
-    request = run.request
+Keep = Callable[[Tensor, float], Tensor]
+"""(denoised (B, C, h, w), sigma) -> the same with what a mask keeps put back."""
+
+
+def start(models: Models, run: Plan, latents: Tensor | None) -> tuple[Tensor, Noise, Keep]:
+    """The state in which the run begins (B, C, h, w), the noise for its steps, and what a mask keeps."""
+    request, edit = run.request, run.request.edit
     factor = autoencoder(models).config.factor
     first, noise = starting_noise(request, run.latent_shape, factor=factor, device=models.device)
     if run.sampler.brownian:
         noise = BrownianNoise(
             run.latent_shape,
             [request.single(i).seed for i in range(request.batch_size)],
-            sigma_min=run.sigmas[-2],
-            sigma_max=run.sigmas[0],
+            sigma_min=run.levels[-2],
+            sigma_max=run.levels[0],
             device=models.device,
             stream=STREAMS[request.compat.noise],
         )
-    return run.sampler.start(first, run.sigmas[0]), noise
+    if latents is None or edit is None:
+        return run.sampler.start(first, run.sigmas[0]), noise, keeper(first, None, None)
+    mask = latent_mask(models, run)
+    if mask is not None:
+        if edit.masked_content == "latent noise":
+            latents = torch.lerp(latents, first, mask)
+        elif edit.masked_content == "latent nothing":
+            latents = latents * (1 - mask)
+    strength = edit.noise_multiplier * (run.sigmas[0] + edit.extra_noise)
+    return latents + first * strength, noise, keeper(latents, mask, edit.soft)
 
 
-def autoencoder(models: Models) -> AutoencoderKL | VQModel:
-    """The model's VAE. Raises LdmError if the file held none."""
-    if models.vae is None:
-        raise LdmError(f"{models.name} holds no autoencoder; give one with vae= (--vae)")
-    return models.vae
+def keeper(latents: Tensor, mask: Tensor | None, soft: Soft | None) -> Keep:
+    """Puts the given latents (B, C, h, w) back where the mask (1, 1, h, w) is 0; nothing without a mask."""
+    if mask is None:
+        return lambda denoised, sigma: denoised
+    if soft is None:
+        return lambda denoised, sigma: torch.lerp(latents, denoised, mask)
+    return lambda denoised, sigma: soft_inpainting.blended(soft, latents, denoised, mask, sigma)
 
 
-@torch.no_grad()
-def decode(models: Models, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) to pixels (B, 3, H, W) float32, nominally in [-1, 1]. One picture at a time."""
-    vae = autoencoder(models)
-    return torch.cat([vae.decode(z.unsqueeze(0).float()) for z in latents])
+def latent_mask(models: Models, run: Plan) -> Tensor | None:
+    """The mask (1, 1, h, w), zeros and ones unless inpainting is soft; None: all is drawn anew."""
+    if run.canvas is None or run.canvas.mask is None or run.request.edit is None:
+        return None
+    _, h, w = run.latent_shape
+    return masks.latent_mask(run.canvas.mask, w, h, rounded=run.request.edit.soft is None).to(models.device)
+
+
+@contextmanager
+def changed(models: Models, run: Plan) -> Iterator[None]:
+    """Within the block the model is as the run wants it; then it is as before."""
+    textures = (part for part in (models.denoiser.network, models.vae) if isinstance(part, nn.Module))
+    with networks.applied(models, run.networks), seamless(*(textures if run.request.tiling else ())):
+        yield
+
+
+def given(models: Models, run: Plan) -> Tensor | None:
+    """The latents (B, C, h, w) of the given picture; None: the run starts from noise alone."""
+    if run.canvas is None or run.request.edit is None:
+        return None
+    if models.family.concat is Concat.PICTURE and run.strength == 1:
+        return None  # InstructPix2Pix sees the picture all the time
+    image = run.canvas.start
+    if run.request.edit.resize == "latent" and run.canvas.mask is None:
+        factor = autoencoder(models).config.factor
+        width, height = (max(round(side / factor), 1) * factor for side in image.size)
+        z = encode(models, [resized(image, width, height)])
+        z = F.interpolate(z, size=run.latent_shape[1:], mode="bilinear")
+    else:
+        z = encode(models, [image])
+    return z.expand(run.request.batch_size, -1, -1, -1)
 
 
 def picture(models: Models, run: Plan, i: int, latent: Tensor) -> Image.Image:
     """Decode the finished latent (C, h, w) of picture i of a run and write its settings into it."""
-    text = infotext(run.settled, models, run.networks.hashes, place=i)
-    return to_pil(decode(models, latent.unsqueeze(0))[0], text, truncate=run.request.compat.truncate_8bit)
+    text = infotext(run.settled, models, run.networks.hashes, dict(run.inputs.fields()), place=i)
+    with changed(models, run):  # a texture is decoded as one, too
+        if run.request.hires and run.second is None:
+            image = hires.larger_picture(models, run, latent)
+        else:
+            image = to_pil(decode(models, latent.unsqueeze(0))[0], truncate=run.request.compat.truncate_8bit)
+    if run.canvas is not None:
+        image = run.canvas.finished(image, change(models, run, latent))
+    return with_text(image, text)
+
+
+def change(models: Models, run: Plan, latent: Tensor) -> Tensor | None:
+    """Soft inpainting: how much of each pixel of a finished latent (C, h, w) to show, (1, 1, h, w)."""
+    soft = run.request.edit and run.request.edit.soft
+    before, mask = given(models, run), latent_mask(models, run)
+    if not soft or before is None or mask is None:
+        return None
+    return soft_inpainting.visible(soft, before[:1], latent.unsqueeze(0), mask)
 
 
 def pictures(models: Models, run: Plan, latents: Tensor) -> list[Image.Image]:
@@ -218,13 +166,37 @@ def pictures(models: Models, run: Plan, latents: Tensor) -> list[Image.Image]:
     return [picture(models, run, i, latent) for i, latent in enumerate(latents)]
 
 
-def txt2img(models: Models, request: Request) -> list[Image.Image]:
-    """Draw the pictures of a request. Each carries its settings, also into a PNG that it is saved to."""
-    last = deque(sample(models, request), maxlen=1).pop()
-    return pictures(models, plan(models, request), last.x)
+def txt2img(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> list[Image.Image]:
+    """Draw the pictures of a request. Each carries its settings, also into a PNG that it is saved to.
+
+    inputs: what leads the run beside the prompt, such as `Inputs(controls=...)`.
+    """
+    last = deque(sample(models, request, inputs), maxlen=1).pop()
+    return pictures(models, plan(models, request, inputs), last.x)
 
 
-def _grey(models: Models, run: Plan) -> Tensor:
-    """What an inpainting model sees without a picture: mask 1 everywhere and a grey picture. (1, 5, h, w)."""
-    z = autoencoder(models).encode(torch.zeros(1, 3, run.height, run.width, device=models.device))
-    return torch.cat([torch.ones_like(z[:, :1]), z], dim=1)
+def img2img(
+    models: Models, request: Request, picture: Image.Image, *, controls: Sequence[Control] = ()
+) -> list[Image.Image]:
+    """Draw a picture anew, from its own colours and shapes: the more, the higher `request.edit.strength`.
+
+    picture: any mode and size, see `ldm.images.read_picture`; how it is used says `request.edit`.
+    """
+    return txt2img(models, request, Inputs(picture=picture, controls=tuple(controls)))
+
+
+def inpaint(
+    models: Models,
+    request: Request,
+    picture: Image.Image,
+    mask: Image.Image,
+    *,
+    controls: Sequence[Control] = (),
+) -> list[Image.Image]:
+    """Draw anew what is white in the mask, and keep all else to the byte (LdmError otherwise).
+
+    mask: a picture of the same shape; grey counts by its brightness.
+    The result has the size of the picture, unless the request names a size: then the picture is first brought
+    to that, as `request.edit.resize` says.
+    """
+    return txt2img(models, request, Inputs(picture=picture, mask=mask, controls=tuple(controls)))

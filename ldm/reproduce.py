@@ -239,7 +239,7 @@ def _networks(
             notes.append(f"TI hashes: the embedding '{name}' was not found; its name is a plain word")
     if not paths and embeddings == library.embeddings:
         return request, library
-    return request, _Found(library.loras, embeddings, library.hypernetworks, paths)
+    return request, _Found(**(vars(library) | {"embeddings": embeddings, "paths": paths}))
 
 
 def _files(folders: Iterable[Path]) -> list[Path]:

@@ -13,9 +13,11 @@ import torch
 
 from ldm.compat import PROFILES, Compatibility
 from ldm.denoise import Prediction
+from ldm.edit import Edit, Hires
 from ldm.infotext import Infotext, infotext, parse, quote
 from ldm.interpret import request
 from ldm.request import Request
+from ldm.soft_inpainting import Soft
 from tests.golden import golden
 from tests.tiny_families import tiny
 
@@ -237,6 +239,40 @@ def test_the_readable_prompt_is_written_once():
         {"compat": PROFILES["compvis"]},
         {"compat": PROFILES["comfyui"], "variation_seed": 2, "variation_strength": 1.0},
         {"compat": Compatibility(late_first_edit=True)},
+        {"tiling": True, "image_cfg_scale": 1.1, "refiner_switch": 0.5},
+        {"edit": Edit(strength=0.75)},
+        {
+            "edit": Edit(
+                strength=0.4,
+                resize="latent",
+                noise_multiplier=1.05,
+                extra_noise=0.1,
+                color_correction=True,
+                mask_blur=0,
+                mask_invert=True,
+                masked_content="latent noise",
+                only_masked=True,
+                padding=5,
+                mask_weight=0.5,
+                soft=Soft(schedule_bias=2.0, mask_influence=0.5),
+            )
+        },
+        {"edit": Edit(strength=1.0, soft=Soft())},
+        {"hires": Hires()},
+        {
+            "hires": Hires(
+                scale=1.5,
+                width=1024,
+                upscaler="R-ESRGAN 4x+: Anime6B",
+                steps=7,
+                strength=0.0,
+                prompt='one, "two": three\nfour',
+                negative_prompt="five",
+                sampler="Euler a",
+                schedule="karras",
+                cfg_scale=3.5,
+            )
+        },
     ],
 )
 def test_every_setting_reads_back(settings: dict[str, Any]):
@@ -270,9 +306,10 @@ def test_notes_of_a_person_are_read():
         seed=3512389764,
         width=1024,
         height=1024,
+        edit=Edit(strength=0.68),
         compat=PROFILES["a1111"],
     )
-    assert notes == ["Denoising strength: 0.68 is left out: this is not done here"]
+    assert notes == []
 
 
 @pytest.mark.parametrize(
@@ -315,10 +352,11 @@ def test_old_versions_of_the_web_ui_had_other_times_of_editing():
 def test_what_cannot_be_used_is_said_field_by_field():
     made, notes = read(
         "p\nSteps: many, Sampler: Undefined, Schedule type: karas, CFG scale: nan, Seed: -1, Size: big, "
-        "Eta: 0.5, Emphasis: loud, Hires upscale: 2, Face restoration: GFPGAN, Model: x, Version: v1.5.1, "
+        "Eta: 0.5, Emphasis: loud, Hires upscale: 2, Hires steps: few, Face restoration: GFPGAN, Model: x, Version: v1.5.1, "
         'Compatibility: "wings: two"'
     )
-    assert made == Request(prompt="p", compat=replace(PROFILES["a1111"], old_edit_times=True))
+    compat = replace(PROFILES["a1111"], old_edit_times=True)
+    assert made == Request(prompt="p", hires=Hires(scale=2.0), compat=compat)
     assert notes == [
         "Steps: many is left out: that is no number",
         "Sampler: Undefined is left out: the sampler is unknown; the model's own takes its place",
@@ -328,9 +366,9 @@ def test_what_cannot_be_used_is_said_field_by_field():
         "Size: big is left out: that is no number",
         "Emphasis: loud is left out: emphasis must be one of 'original', 'no norm', 'comfyui', 'ignore', "
         "'none', got 'loud'",
-        "Hires upscale: 2 is left out: this is not done here",
         "Face restoration: GFPGAN is left out: this is not done here",
         "Compatibility: wings: two is left out: one of these choices is unknown",
+        "Hires steps: few is left out: it means nothing here",
         "eta is left out: the sampler does not take it",
         "Version: before 1.8, the noise schedule was rounded to half precision; details may differ",
     ]

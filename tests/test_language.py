@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.compat import Compatibility
+from ldm.conditioning import conditioning
 from ldm.denoise import Conditioning
 from ldm.errors import LdmError, PromptError
 from ldm.formats import write_safetensors
 from ldm.guidance import Guides
 from ldm.library import Library
 from ldm.models import Models
-from ldm.pipeline import conditioning, plan, start
+from ldm.pipeline import plan, start
 from ldm.samplers import SAMPLERS
 from ldm.text.clip import ClipTextModel
 from ldm.text.tokenizer import Tokenizer
@@ -150,7 +151,7 @@ def test_prompts_joined_by_and_guide_together():
     models = tiny("sd1")
     [first, *_] = [*ldm.sample(models, replace(SMALL, prompt="cat AND dog :0.5", sampler="Euler", steps=1))]
     run = plan(models, replace(SMALL, steps=1, sampler="Euler"))
-    x, _ = start(models, run)
+    x, _, _ = start(models, run, None)
     cat, dog, empty = (
         models.denoiser(x, run.sigmas[0], Conditioning(positive(t))) for t in ("cat", "dog", "")
     )
@@ -239,5 +240,5 @@ def test_names_that_lead_nowhere_are_one_sentence(stocked: Models):
     ):
         with pytest.raises((LdmError, PromptError), match=message):
             ldm.plan(stocked, replace(SMALL, prompt=prompt))
-    with pytest.raises(LdmError, match="no folder with such files is given"):
+    with pytest.raises(LdmError, match="no folder with LoRA files is given"):
         ldm.plan(tiny("sd1"), replace(SMALL, prompt="<lora:style:1>"))

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.conditioning import conditioning
 from ldm.denoise import Conditioning, Denoiser
 from ldm.errors import LdmError, PromptError, RequestError, SamplerError
 from ldm.families.family import size_embedding
 from ldm.models import Models
-from ldm.pipeline import conditioning, decode, plan, sample, txt2img
+from ldm.pipeline import decode, plan, sample, txt2img
 from ldm.reproduce import diff
 from ldm.request import MAX_SEED, Request
 from ldm.samplers import SAMPLERS

@@ -209,13 +209,13 @@ def test_what_is_missing_is_one_clear_sentence(folder: Path, tmp_path: Path):
 def test_fields_that_cannot_be_done_are_warnings(caplog: pytest.LogCaptureFixture):
     text = (
         "a cat <lora:gone:0.8>\nSteps: 2, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 32x32, Clip skip: 2, "
-        'Hires upscale: 2, Lora hashes: "gone: 0123456789ab", TI hashes: "easy: 0123456789ab", '
+        'Face restoration: GFPGAN, Lora hashes: "gone: 0123456789ab", TI hashes: "easy: 0123456789ab", '
         "VAE hash: 0123456789, Version: v1.10.1"
     )
     with caplog.at_level(logging.WARNING):
         image = replay(text, tiny("sd1"))
     assert [record.getMessage() for record in caplog.records] == [
-        "Hires upscale: 2 is left out: this is not done here",
+        "Face restoration: GFPGAN is left out: this is not done here",
         "lora: 'gone' was not found; the picture is made without it",
         "TI hashes: the embedding 'easy' was not found; its name is a plain word",
         "VAE hash: the picture was made with 0123456789, this is nothing",

@@ -243,7 +243,7 @@ def test_files_that_a_prompt_names_and_styles(
     draw, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     assert draw("a cat <lora:x:1>") == cli.Exit.USAGE
-    assert "no folder with such files is given" in capsys.readouterr().err
+    assert "no folder with LoRA files is given" in capsys.readouterr().err
     assert draw("a cat <lora:x:1>", "--lora-dir", str(tmp_path / "none")) == cli.Exit.USAGE
     assert "there is no folder" in capsys.readouterr().err
     assert draw("a cat <lora:x:1>", "--lora-dir", str(tmp_path)) == cli.Exit.USAGE

@@ -1,0 +1,159 @@
+"""What leads each step of a run: prompts, given pictures, hints, and which network listens."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm import masks
+from ldm.controlnet import Controlled, prepared
+from ldm.denoise import Conditioning, Denoise, Denoiser
+from ldm.families import Concat, Picture
+from ldm.guidance import Guides, cfg, needs_negative
+from ldm.images import to_tensor
+from ldm.models import Models
+from ldm.networks import Networks
+from ldm.planning import Plan, autoencoder
+from ldm.text import editing
+from ldm.text.prompt import compose
+
+
+def denoisers(models: Models, run: Plan) -> list[Denoise]:
+    """The guided denoiser of each step: the same object where nothing changes."""
+    request, steps = run.request, len(run.sigmas) - 1
+    base = conditioning(models, run)
+    refiner = models.refiner if run.second is None else None  # of two passes, the last one is refined
+    # Embeddings are made for the text encoders of the base model; to the refiner, their names are words.
+    refined = conditioning(refiner, replace(run, networks=Networks())) if refiner else base
+    schedule = models.denoiser.schedule
+    last = len(schedule.sigmas) - 1
+
+    @cache
+    def controlled(active: tuple[int, ...]) -> Denoiser:
+        if not active:
+            return models.denoiser
+        network = Controlled(models.denoiser.network, [controls[i] for i in active])
+        return replace(models.denoiser, network=network)
+
+    @cache
+    def guided(denoiser: Denoiser, guides: Guides, away: Denoiser | None) -> Denoise:
+        return cfg(
+            denoiser,
+            guides,
+            run.cfg_scale,
+            request.cfg_rescale,
+            image_scale=request.image_cfg_scale,
+            away=away,
+        )
+
+    factor = autoencoder(models).config.factor
+    hints = run.inputs.controls
+    controls = [
+        prepared(one, models.unet.config, width=run.width, height=run.height, factor=factor) for one in hints
+    ]
+
+    def at(step: int) -> Denoise:
+        passed = (last - schedule.t(run.sigmas[step])) / (last + 1)
+        if refiner and passed > request.refiner_switch:
+            return guided(refiner.denoiser, refined[step], None)
+        active = [i for i, one in enumerate(hints) if one.active(step, steps)]
+        both = [i for i in active if hints[i].mode != "control"]
+        away = controlled(tuple(both)) if both != active else None
+        return guided(controlled(tuple(active)), base[step], away)
+
+    return [at(step) for step in range(steps)]
+
+
+@torch.no_grad()
+def conditioning(models: Models, run: Plan) -> list[Guides]:
+    """What leads each step, by prompts and pictures: the same object where the prompt does not change.
+
+    Each text is encoded once, by itself. The negative half is None where it is not needed: at cfg_scale 1,
+    and for models without conditioning.
+    """
+    family, request = models.family, run.request
+    concat = further_channels(models, run)
+
+    @cache
+    def encode(text: str, negative: bool) -> Conditioning:
+        picture = Picture(
+            width=run.width,
+            height=run.height,
+            negative=negative,
+            clip_skip=request.clip_skip,
+            compat=request.compat,
+            embeddings=run.networks.embeddings,
+        )
+        one = family.condition(models.text, models.tokenizer, text, picture)
+        return replace(one, concat=concat).expanded(request.batch_size)
+
+    steps, late = len(run.sigmas) - 1, request.compat.late_first_edit
+    parts, weights = zip(*compose(run.prompt), strict=True)
+
+    def read(text: str) -> editing.Schedule:
+        return editing.schedule(text, steps, hires_after=run.after, old=request.compat.old_edit_times)
+
+    prompts, negative = [read(text) for text in parts], read(run.negative_prompt)
+    edited = family.concat is Concat.PICTURE and request.image_cfg_scale != 1
+    needed = family.parts and (edited or needs_negative(weights, run.cfg_scale))
+
+    @cache
+    def guides(texts: tuple[str, ...], away: str) -> Guides:
+        found = tuple((encode(text, False), weight) for text, weight in zip(texts, weights, strict=True))
+        if not needed:
+            return Guides(found)
+        least = encode(away, True)
+        if not edited or least.concat is None:
+            return Guides(found, least)
+        return Guides(found, least, replace(least, concat=torch.zeros_like(least.concat)))
+
+    def text(schedule: editing.Schedule, step: int) -> str:
+        return schedule.text(schedule.at(step, late=late))
+
+    return [guides(tuple(text(p, step) for p in prompts), text(negative, step)) for step in range(steps)]
+
+
+@torch.no_grad()
+def further_channels(models: Models, run: Plan) -> Tensor | None:
+    """What the UNet sees beside the noisy latent, (1, C, h, w); None: nothing."""
+    match models.family.concat:
+        case Concat.INPAINT:
+            return _hidden(models, run)
+        case Concat.PICTURE:
+            # Brooks et al. 2022, section 3.2: the encoded picture, which their code does not scale.
+            assert run.canvas is not None
+            vae = autoencoder(models)
+            return vae.encode(to_tensor(run.canvas.picture, models.device)) / vae.config.scale
+        case Concat.DEPTH:
+            assert run.inputs.depth is not None
+            return _relative_depth(run.inputs.depth, run.latent_shape[1:]).to(models.device)
+        case _:
+            return None
+
+
+def _hidden(models: Models, run: Plan) -> Tensor:
+    """For inpainting models: the mask, and the picture with grey behind it, encoded. (1, 1 + C, h, w).
+
+    Without a mask all is repainted, and without a picture it is grey: text to image with such a model.
+    """
+    size, device = run.latent_shape[1:], models.device
+    canvas, edit = run.canvas, run.request.edit
+    pixels = torch.zeros(1, 3, run.height, run.width, device=device)
+    mask = torch.ones(1, 1, run.height, run.width, device=device)
+    if canvas is not None and canvas.mask is not None and edit is not None:
+        mask = masks.latent_mask(canvas.mask, run.width, run.height).to(device)
+        pixels = to_tensor(canvas.picture, device) * (1 - mask * edit.mask_weight)
+    z = autoencoder(models).encode(pixels)
+    return torch.cat([F.interpolate(mask, size=size), z], dim=1)
+
+
+def _relative_depth(image: Image.Image, size: Sequence[int]) -> Tensor:
+    """A depth picture at the size of the latent (1, 1, h, w), stretched to -1 (far) .. 1 (near)."""
+    levels = to_tensor(image.convert("RGB"))[:, :1]
+    depth = F.interpolate(levels, size=tuple(size), mode="bicubic", align_corners=False)
+    low, high = depth.aminmax()
+    return 2 * (depth - low) / (high - low).clamp(min=1e-6) - 1
