@@ -126,14 +126,12 @@ def test_equals_diffusers_from_its_own_file(family: str, size: tuple[int, int, i
 # --- at work
 
 
-def inputs(config: UNetConfig, batch: int = 2, side: int = 8) -> dict[str, Tensor]:
+def inputs(config: UNetConfig) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, t, context, y of a batch of two."""
     torch.manual_seed(2)
-    given = {
-        "x": torch.randn(batch, config.in_channels, side, side),
-        "t": torch.tensor([5.5, 900.0])[:batch],
-        "context": torch.randn(batch, 3, config.context_dim or 0),
-    }
-    return given if config.vector_dim is None else {**given, "y": torch.randn(batch, config.vector_dim)}
+    x, context = torch.randn(2, config.in_channels, 8, 8), torch.randn(2, 3, config.context_dim or 0)
+    y = None if config.vector_dim is None else torch.randn(2, config.vector_dim)
+    return x, torch.tensor([5.5, 900.0]), context, y
 
 
 @pytest.mark.parametrize("family", LIVE)
@@ -143,13 +141,12 @@ def test_several_controls_add_up(family: str):
     nets = [controlnet(config, seed=seed) for seed in (1, 2)]
     hints = [torch.rand(1, 3, 64, 64) for _ in nets]
     controls = [ready(net, hint, weight) for net, hint, weight in zip(nets, hints, (0.7, 0.4), strict=True)]
-    arguments = (given["x"], given["t"], given["context"], given.get("y"))
-    one, other = (control.residuals(*arguments) for control in controls)
+    one, other = (control.residuals(*given) for control in controls)
     total = [a + b for a, b in zip(one, other, strict=True)]
-    assert torch.equal(Controlled(unet, controls)(*arguments), unet(*arguments, total))
+    assert torch.equal(Controlled(unet, controls)(*given), unet(*given, total))
     # The order of the sum is another one.
     inner = Controlled(Controlled(unet, controls[:1]), controls[1:])
-    torch.testing.assert_close(inner(*arguments), unet(*arguments, total), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inner(*given), unet(*given, total), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", LIVE)
@@ -157,38 +154,36 @@ def test_weight_0_and_no_control_change_nothing(family: str):
     config = LIVE[family]
     unet, given = randomised(config), inputs(config)
     control = ready(controlnet(config), torch.rand(1, 3, 64, 64), weight=0.0)
-    assert torch.equal(Controlled(unet, [control])(**given), unet(**given))
-    assert torch.equal(Controlled(unet, [])(**given), unet(**given))
+    assert torch.equal(Controlled(unet, [control])(*given), unet(*given))
+    assert torch.equal(Controlled(unet, [])(*given), unet(*given))
 
 
 def test_each_picture_of_a_batch_gets_the_same_hint():
-    unet, given = randomised(TINY), inputs(TINY)
+    unet, (x, t, context, _) = randomised(TINY), inputs(TINY)
     controlled = Controlled(unet, [ready(controlnet(TINY), torch.rand(1, 3, 64, 64))])
-    out = controlled(**given)
+    out = controlled(x, t, context)
     for i in range(2):
-        single = controlled(**{name: value[i : i + 1] for name, value in given.items()})
+        single = controlled(x[i : i + 1], t[i : i + 1], context[i : i + 1])
         # Matrix products of other sizes may sum in another order.
         torch.testing.assert_close(single, out[i : i + 1], atol=1e-5, rtol=1e-5)
 
 
 def test_an_inpainting_model_takes_the_controlnet_of_the_common_one():
     inpainting = replace(TINY, in_channels=9)
-    given = inputs(inpainting)
+    x, t, context, y = inputs(inpainting)
     control = ready(controlnet(TINY), torch.rand(1, 3, 64, 64))
     check_fit(control.network, inpainting, 8)
-    found = control.residuals(given["x"], given["t"], given["context"], None)
-    first = control.residuals(given["x"][:, :4], given["t"], given["context"], None)
+    found = control.residuals(x, t, context, y)
+    first = control.residuals(x[:, :4], t, context, y)
     assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
-    assert Controlled(randomised(inpainting), [control])(**given).shape == (2, 4, 8, 8)
+    assert Controlled(randomised(inpainting), [control])(x, t, context).shape == (2, 4, 8, 8)
 
 
 def test_compiles_to_one_graph():
-    network, given = controlnet(TINY), inputs(TINY)
-    features = network.features(torch.rand(1, 3, 64, 64))
+    network, (x, *others) = controlnet(TINY), inputs(TINY)
+    given = (x, network.features(torch.rand(1, 3, 64, 64)), *others)
     compiled = torch.compile(network, backend="eager", fullgraph=True)  # an error if the graph breaks
-    for one, other in zip(
-        compiled(features=features, **given), network(features=features, **given), strict=True
-    ):
+    for one, other in zip(compiled(*given), network(*given), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
