@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ldm.denoise import Network
 from ldm.errors import RequestError
+from ldm.images import opaque
 from ldm.resize import Mode as Resize
 from ldm.resize import resized
 from ldm.unet import SD1_UNET, InputHalf, UNetConfig
@@ -114,6 +115,7 @@ class Control:
     start: float = 0.0  # of the run, 0 to 1: where the hint begins to count ...
     end: float = 1.0  # ... and where it ends
     mode: Mode = "balanced"
+    name: str = "unnamed"  # of the network, for the settings in the picture
     resize: Resize = "crop"  # how a hint of another shape is made to fit, see ldm.resize
 
     def __post_init__(self) -> None:
@@ -181,10 +183,7 @@ def check_fit(network: ControlNet, unet: UNetConfig, factor: int | None) -> None
 
 def to_hint(image: Image.Image, width: int, height: int, resize: Resize = "crop") -> Tensor:
     """A picture as a hint: (1, 3, height, width) float32 in [0, 1], RGB. resize: see ldm.resize."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    pixels = np.asarray(resized(image.convert("RGB"), width, height, resize), dtype=np.float32) / 255
+    pixels = np.asarray(resized(opaque(image, "black"), width, height, resize), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W)
 
 

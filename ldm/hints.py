@@ -1,6 +1,7 @@
 """Hints for ControlNet that need no network: edges, inverted lines, blurred tiles, black and white.
 
-Each is a function from a picture to a picture of the same size, in RGB.
+Each is a function from a picture to a picture of the same size, in RGB; what is transparent counts as white,
+as a page shows it.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
 from ldm.errors import RequestError
+from ldm.images import opaque
 
 Hint = Callable[[Image.Image], Image.Image]
 
@@ -101,14 +103,6 @@ def threshold(image: Image.Image, level: int = 127) -> Image.Image:
     if not 0 <= level <= 255:
         raise RequestError(f"the threshold must be 0 to 255, got {level}")
     return opaque(image).convert("L").point([255 * (value > level) for value in range(256)]).convert("RGB")
-
-
-def opaque(image: Image.Image) -> Image.Image:
-    """The picture in RGB, on white where it is transparent: as a page shows it."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 HINTS: Mapping[str, Hint] = MappingProxyType(

@@ -136,8 +136,9 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
 
 def opaque(image: Image.Image, colour: str | tuple[int, int, int] = "white") -> Image.Image:
     """A picture in RGB; what is transparent shows this colour. Networks know no transparency."""
-    if image.mode != "RGBA":
+    if not image.has_transparency_data:
         return image.convert("RGB")
+    image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
 
 
