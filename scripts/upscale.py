@@ -161,6 +161,7 @@ def run(a: argparse.Namespace) -> int:
     flags.exist(a.ldsr)
     flags.exist_folders(a.upscalers_dir)
     pictures = sources(a)
+    cli.Output(a.out, a.overwrite).prepare(len(pictures))
     outputs = [cli.Output(target, a.overwrite) for target in targets(a, pictures)]
     jobs = list(zip(pictures, outputs, strict=True))
     if len(jobs) > 1 and not a.overwrite:
