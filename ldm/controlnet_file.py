@@ -17,6 +17,8 @@ from ldm.models import Models
 from ldm.rename import from_diffusers
 
 CONTROL = "control_model."
+EMBEDDED = Path(__file__).parent / "controlnet_canny.safetensors"
+"""The ControlNet in this package: canny edges, for the embedded model."""
 
 # What people pass for a ControlNet by mistake, by a piece of a name in it.
 _MISTAKES = (
@@ -33,7 +35,7 @@ _MISTAKES = (
 
 
 def load_controlnet(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     models: Models,
     *,
     device: torch.device | str | None = None,
@@ -41,13 +43,16 @@ def load_controlnet(
 ) -> ControlNet:
     """Load a ControlNet for a model, from a file of any layout; names and shapes decide.
 
+    path: None: the one for canny edges of the embedded model.
     models: tells what no shape does, the number of attention heads.
     device, dtype: None: those of `models`.
 
     Raises CheckpointError, one line, if the file is damaged, incomplete, something else, or for another
     model.
     """
-    path = Path(path)
+    path = EMBEDDED if path is None else Path(path)
+    if path is EMBEDDED and not path.exists():
+        raise CheckpointError("no ControlNet is in this installation; give the path of one")
     weights = dict(read(path).tensors)
     try:
         weights = original_names(weights)

@@ -19,7 +19,6 @@ from ldm.text.tokenizer import Tokenizer
 from ldm.training.diffusion import (
     LatentViews,
     choose_view,
-    encode_views,
     stratified_timesteps,
     v_loss,
     view_pictures,
@@ -30,6 +29,8 @@ from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
 EMPTY = 0.5  # share of empty captions (section 3.3)
+LOOP = LoopConfig(steps=1200, lr=5e-4, warmup=50, ema_decay=0.995, weight_decay=0.0, save_every=100)
+BATCH = 32
 
 
 @torch.no_grad()
@@ -85,24 +86,22 @@ class Batches:
 def train_controlnet(
     models: Models,
     data: IconSet,
+    views: LatentViews,
     loop: LoopConfig,
     folder: Path,
     *,
     batch_size: int,
-    coloured: int = 3,
     seconds: float = float("inf"),
 ) -> ControlNet | None:
     """Train, or go on training. Returns the averaged network when all steps are done, else None.
 
-    models: the embedded model, or another one trained on such pictures; its networks are frozen.
-    coloured: views of each picture on a named colour.
+    models: the embedded model, whose networks are frozen. views: of `data`, by its autoencoder.
     """
     unet, vae, text = models.unet, models.vae, models.text[0]
     assert isinstance(vae, AutoencoderKL)  # for the type checker: so are the embedded model's parts
     assert isinstance(text, ClipTextModel)
     device, tokenizer = models.device, Tokenizer()
-    batches = Batches(data, encode_views(vae, data, coloured=coloured, seed=loop.seed))
-
+    batches = Batches(data, views)
     torch.manual_seed(loop.seed)
     network = copied(unet, vae.config.factor).to(device)
     for module in (network, unet):

@@ -114,7 +114,7 @@ def train_default_model(
     vae = _autoencoder(data, scope, folder, device, seconds)
     if vae is None:
         return None
-    views = _views(vae, data, scope, folder)
+    views = latent_views(vae, data, scope, folder)
 
     def preview(model: TextToImage) -> None:
         models = assemble(vae, model)
@@ -165,8 +165,8 @@ def _autoencoder(
     return vae
 
 
-def _views(vae: AutoencoderKL, data: IconSet, scope: Scope, folder: Path) -> LatentViews:
-    """The latents, cached: they follow from the autoencoder, the data and the seed."""
+def latent_views(vae: AutoencoderKL, data: IconSet, scope: Scope, folder: Path) -> LatentViews:
+    """The latents, cached in `folder`: they follow from the autoencoder, the data and the seed."""
     cache = folder / "latents.safetensors"
     icons = [data.icons[i] for i in data.indices(holdout=False)]
     if cache.exists():
