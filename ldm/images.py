@@ -263,6 +263,7 @@ def save(
     """Write a picture file, whole or not at all, with the settings that the picture carries.
 
     path: ending in .png (the pixels as they are), .jpg, .jpeg or .webp (smaller, and not quite the same).
+        A JPEG is white where the picture is transparent.
     quality: of the last three, 1 to 100.
 
     Raises LdmError if `path` exists and `overwrite` is False, for another ending, or if the settings are too
@@ -313,6 +314,8 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
 def _encoded(image: Image.Image, kind: str, quality: int = 90) -> bytes:
     data = io.BytesIO()
     text = image.info.get("parameters")
+    if kind == "JPEG" and image.has_transparency_data:
+        image = opaque(image)
     if kind == "PNG" or text is None:
         image.save(data, format=kind, quality=quality)
         return data.getvalue()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.images import MAX_PIXELS, opaque, read_picture
+from ldm.images import MAX_PIXELS, opaque, read_picture, read_text, save, with_text
 
 
 def scene(width: int = 48, height: int = 32) -> Image.Image:
@@ -192,3 +192,11 @@ def test_what_is_no_picture_is_told_in_a_line(tmp_path: Path):
         with pytest.raises(LdmError) as caught:
             read_picture(tmp_path / name)
         assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", [None, "Steps: 1"])
+def test_a_transparent_picture_is_saved_as_jpeg_on_white(tmp_path: Path, text: str | None):
+    image = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    save(image if text is None else with_text(image, text), tmp_path / "x.jpg")
+    assert levels(read_picture(tmp_path / "x.jpg"))[0] == [255, 255, 255]
+    assert text is None or read_text(tmp_path / "x.jpg") == text
