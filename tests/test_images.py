@@ -97,6 +97,13 @@ def test_a_long_text_needs_another_kind_than_jpeg(tmp_path: Path):
         assert read_text(tmp_path / name) == "word " * 20_000
 
 
+def test_a_jpeg_is_white_where_the_picture_is_transparent(tmp_path: Path):
+    clear = with_text(Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "a cat")
+    save(clear, tmp_path / "x.jpg")
+    assert Image.open(tmp_path / "x.jpg").getpixel((4, 4)) == (255, 255, 255)
+    assert read_text(tmp_path / "x.jpg") == "a cat"
+
+
 def test_other_endings_are_refused(tmp_path: Path):
     with pytest.raises(LdmError, match=r"saved as .png, .jpg, .jpeg, .webp, not as '.xyz'"):
         save(drawn(), tmp_path / "x.xyz")
