@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ldm.errors import CheckpointError, RequestError, check_range
 from ldm.families import Family
-from ldm.images import to_pil
+from ldm.images import to_pil, to_tensor
 from ldm.models import Models
 from ldm.noise import GaussianNoise
 from ldm.request import MAX_SEED
@@ -72,7 +71,7 @@ class LatentUpscaler(ABC):
 
     def __call__(self, image: Image.Image, progress: Progress | None = None) -> Image.Image:
         """The picture in RGB, four times as wide and high. progress: gets the share done, up to 1."""
-        small = padded(to_tensor(image))
+        small = padded(to_tensor(image.convert("RGB"), self.models.device))
         tiles = len(grid(small.shape[2], small.shape[3], self.tile, self.overlap).boxes)
         total, done = tiles * (self.steps + 1), count(1)  # to decode a tile takes about as long as a step
 
@@ -80,7 +79,7 @@ class LatentUpscaler(ABC):
             if progress is not None:
                 progress(next(done) / total)
 
-        latent = self.draw(small.to(self.models.device), tick)
+        latent = self.draw(small, tick)
         return self.decode(latent, self.factor * image.width, self.factor * image.height, tick)
 
     @abstractmethod
@@ -131,12 +130,6 @@ class LatentUpscaler(ABC):
             image.paste(to_pil(strip[0]), (0, top))  # what lies beyond the size is cut off
             top += strip.shape[2]
         return image
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """A picture as (1, 3, H, W) float32 in [-1, 1]."""
-    levels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3)
-    return levels.permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
 
 
 def padded(x: Tensor) -> Tensor:
