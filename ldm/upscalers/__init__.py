@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import build, load, named, shapes_of
-from ldm.errors import CheckpointError, RequestError
+from ldm.errors import CheckpointError, LdmError, RequestError
 from ldm.families.family import UNET, strip
 from ldm.formats import read
+from ldm.formats.mapped import printable
 from ldm.library import NO_LIBRARY, Library
 from ldm.upscalers.compact import CompactNet, compact_config
 from ldm.upscalers.esrgan import RRDBNet, renamed, rrdb_config
@@ -115,6 +116,9 @@ def upscaler_named(
     """
     if name in FILTERS:
         return FILTERS[name]
+    if name not in EMBEDDED and library.upscalers is None:
+        known = ", ".join(UPSCALERS)
+        raise LdmError(f"there is no upscaler '{printable(name)}'; choose from {known}, or give a file")
     path = EMBEDDED.get(name) or library.upscaler(WEB_UI.get(name, name))
     return _tiled(_from_file(path, name, torch.device(device)), tile, overlap)
 
