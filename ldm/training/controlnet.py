@@ -5,8 +5,10 @@ more input and half of the captions empty, so that the hint must tell what the w
 """
 
 import random
+from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +39,9 @@ BATCH = 32
 def copied(unet: UNet, factor: int) -> ControlNet:
     """A ControlNet that begins as a copy of the UNet's input half, without any effect.
 
-    factor: of the autoencoder. The convolutions behind each block begin as zero (section 3.1).
+    factor: of the autoencoder. The convolutions behind each block begin as zero (section 3.1). The original
+    begins with a zero at the end of the hint's network, too; here it is random, so that all of it learns from
+    the first step on.
     """
     widths = ControlNetConfig().hint_widths[: factor.bit_length()]
     network = ControlNet(ControlNetConfig(unet=unet.config, hint_widths=widths))
@@ -50,9 +54,9 @@ def copied(unet: UNet, factor: int) -> ControlNet:
 
 
 def edges(pictures: Tensor) -> Tensor:
-    """Canny edges of pictures (B, 3, S, S) in [-1, 1]: uint8 (B, S, S), 0 or 1."""
-    hints = [torch.tensor(canny(to_pil(picture)).convert("L").getdata()) for picture in pictures]
-    return (torch.stack(hints) > 0).to(torch.uint8).view(len(pictures), *pictures.shape[2:])
+    """Canny edges of pictures (B, 3, S, S) in [-1, 1]: bool (B, S, S)."""
+    hints = [np.asarray(canny(to_pil(picture)).convert("L")) for picture in pictures]
+    return torch.from_numpy(np.stack(hints)) > 0
 
 
 class Batches:
@@ -103,7 +107,7 @@ def train_controlnet(
     device, tokenizer = models.device, Tokenizer()
     batches = Batches(data, views)
     torch.manual_seed(loop.seed)
-    network = copied(unet, vae.config.factor).to(device)
+    network, unet = copied(unet, vae.config.factor).to(device), deepcopy(unet)
     for module in (network, unet):
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - not in torch's stubs
     run = Run(network, loop, folder)
