@@ -5,11 +5,11 @@ of the model and of every file that took part. What is there already is not draw
 """
 
 import hashlib
+import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
@@ -21,7 +21,7 @@ from ldm.files import remove_unfinished
 from ldm.grids import Title, notice, sheet, shrunk
 from ldm.images import MAX_PIXELS, opaque, read_picture, read_text, save, with_text
 from ldm.infotext import infotext
-from ldm.inputs import NO_INPUTS, Inputs
+from ldm.inputs import Inputs
 from ldm.interrupts import patient
 from ldm.models import Models
 from ldm.pipeline import picture, sample
@@ -57,13 +57,12 @@ Outcome = Path | LdmError
 
 
 def draw(
-    layout: Layout, load: Callable[[Path | None], Models], folder: Path, inputs: Inputs = NO_INPUTS
+    layout: Layout, load: Callable[[Path | None], tuple[Models, Inputs]], folder: Path
 ) -> list[Outcome] | None:
     """Draw each cell of a layout into a file of `folder`, under a progress bar; the paths go to stdout.
 
-    load: gives the model for a checkpoint, for None the usual one. It is called once for neighbours in the
-        order of drawing, when the model before is gone.
-    inputs: the pictures that all cells are given.
+    load: gives the model for a checkpoint, for None the usual one, and the pictures that each of its runs is
+        given. It is called once for neighbours in the order of drawing, when the model before is gone.
     Returns None after Ctrl-C, which ends the run after the step at hand; the same call goes on from there.
     Raises OSError as files do.
     """
@@ -71,13 +70,13 @@ def draw(
     there = {path.stem.rpartition("-")[2]: path for path in folder.glob("*-*.png")}
     cells = {i: layout.cells[i] for i in layout.order}
     with patient() as asked, tqdm(total=0, unit="step", dynamic_ncols=True) as bar:
-        run = _Run(folder, inputs, bar, asked, there)
+        run = _Run(folder, bar, asked, there)
         for i, cell in cells.items():
             if isinstance(cell, LdmError):
-                run.fail(i, cell)
+                run.fail([i], cell)
         todo = {i: cell for i, cell in cells.items() if isinstance(cell, Cell)}
         try:
-            for checkpoint, group in groupby(todo, key=lambda i: todo[i].checkpoint):
+            for checkpoint, group in itertools.groupby(todo, key=lambda i: todo[i].checkpoint):
                 run.with_checkpoint(lambda c=checkpoint: load(c), {i: todo[i] for i in group})
         except KeyboardInterrupt:
             bar.close()
@@ -101,44 +100,43 @@ class _Run:
     """What is known while cells are drawn."""
 
     folder: Path
-    inputs: Inputs
     bar: tqdm
     asked: Callable[[], bool]  # to stop
     there: dict[str, Path]  # by fingerprints
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
-    def fail(self, i: int, error: LdmError) -> None:
-        self.outcomes[i] = LdmError(str(error))  # the original's traceback would keep the model alive
-        self.bar.write(f"picture {i + 1}: {error}", file=sys.stderr)
+    def fail(self, places: Collection[int], error: LdmError) -> None:
+        copy = LdmError(str(error))  # the traceback of the original would keep the model alive
+        self.outcomes |= dict.fromkeys(places, copy)
+        listed = ", ".join(str(i + 1) for i in itertools.islice(places, 8)) + ", ..." * (len(places) > 8)
+        self.bar.write(f"picture {listed}: {error}", file=sys.stderr)
 
-    def with_checkpoint(self, load: Callable[[], Models], cells: Mapping[int, Cell]) -> None:
+    def with_checkpoint(self, load: Callable[[], tuple[Models, Inputs]], cells: Mapping[int, Cell]) -> None:
         """Draw the cells of one checkpoint."""
         try:
-            own = load()
+            own, inputs = load()
         except LdmError as error:
-            for i in cells:
-                self.fail(i, error)
+            self.fail(cells, error)
             return
         self.bar.write(f"{own.name}: {own.describe()}", file=sys.stderr)
-        for vae, group in groupby(cells, key=lambda i: cells[i].vae):
+        for vae, group in itertools.groupby(cells, key=lambda i: cells[i].vae):
             same = {i: cells[i] for i in group}
             try:
                 models = own if vae is None else with_vae(own, vae)
             except LdmError as error:
-                for i in same:
-                    self.fail(i, error)
+                self.fail(same, error)
             else:
-                self.with_models(models, same)
+                self.with_models(models, inputs, same)
 
-    def with_models(self, models: Models, cells: Mapping[int, Cell]) -> None:
+    def with_models(self, models: Models, inputs: Inputs, cells: Mapping[int, Cell]) -> None:
         """Draw cells that differ in their requests only."""
         runs: dict[int, tuple[str, Plan]] = {}
         for i, cell in cells.items():
             try:
-                settled = plan(models, cell.request, self.inputs)
+                settled = plan(models, cell.request, inputs)
                 runs[i] = fingerprint(models, settled), settled
             except LdmError as error:
-                self.fail(i, error)
+                self.fail([i], error)
         new = {name: settled.steps_made for name, settled in runs.values() if name not in self.there}
         self.bar.total += sum(new.values())
         self.bar.refresh()
@@ -148,14 +146,14 @@ class _Run:
                     self.there[name] = self.one(models, settled, self.folder / f"{i:05d}-{name}.png")
                 self.outcomes[i] = self.there[name]
             except LdmError as error:
-                self.fail(i, error)
+                self.fail([i], error)
 
     def one(self, models: Models, run: Plan, path: Path) -> Path:
         """Draw one picture and save it. Raises KeyboardInterrupt between two steps."""
         end = self.bar.n + run.steps_made
         latents = None
         try:
-            for step in sample(models, run.request, self.inputs):
+            for step in sample(models, run.request, run.inputs):
                 latents = step.x
                 self.bar.update()
                 if self.asked():

@@ -4,12 +4,16 @@ The web UI's script "Prompt matrix".
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
+from ldm import styles
 from ldm.cells import MAX_CELLS, Cell, Layout
 from ldm.errors import RequestError
 from ldm.grids import Label, Title
 from ldm.request import Request
+from ldm.styles import Style
 
 
 def combinations(prompt: str, *, at_start: bool = False, delimiter: str = ", ") -> list[str]:
@@ -36,6 +40,8 @@ def matrix(
     at_start: bool = False,
     different_seeds: bool = False,
     delimiter: str = ", ",
+    names: Sequence[str] = (),
+    known: Mapping[str, Style] = MappingProxyType({}),
 ) -> Layout:
     """A sheet with every combination of the parts of a request's prompt.
 
@@ -44,15 +50,17 @@ def matrix(
 
     negative: the parts are those of the negative prompt.
     different_seeds: give picture n the seed of the request + n.
-    Raises RequestError for too many parts.
+    names, known: the styles of all pictures, applied last, and those there are.
+    Raises RequestError for too many parts, or if there is no such style.
     """
     name = "negative_prompt" if negative else "prompt"
     text: str = getattr(request, name)
     prompts = combinations(text, at_start=at_start, delimiter=delimiter)
-    cells = tuple(
-        Cell(replace(request, seed=request.seed + (n if different_seeds else 0), **{name: prompt}))
+    requests = (
+        replace(request, seed=request.seed + (n if different_seeds else 0), **{name: prompt})
         for n, prompt in enumerate(prompts)
     )
+    cells = tuple(Cell(styles.apply(each, known, names)) for each in requests)
     parts = text.split("|")[1:]
     across = math.ceil(len(parts) / 2)
     return Layout(
