@@ -14,9 +14,11 @@ from tqdm import tqdm
 from ldm.errors import LdmError, RequestError
 from ldm.files import remove_unfinished
 from ldm.images import ENDINGS, save, save_numbered
+from ldm.inputs import Inputs
 from ldm.interrupts import patient
 from ldm.models import Models
-from ldm.pipeline import picture, plan, sample
+from ldm.pipeline import picture, sample
+from ldm.planning import plan
 from ldm.request import Request
 
 
@@ -69,47 +71,61 @@ class Output:
         return self.path.suffix.lower() in ENDINGS
 
 
-def draw(models: Models, requests: Sequence[Request], save: Callable[[Image, Request], None]) -> Exit:
-    """Draw requests that differ in prompt and seed only, under a progress bar.
+@dataclass(frozen=True)
+class Job:
+    """Pictures to draw at once."""
 
-    save: gets each picture as soon as it is finished, with the request that makes it alone.
-    Of several requests, one that fails is reported and the others go on. Ctrl-C ends the run after the step
-    or the picture at hand. Raises LdmError if the requests do not fit the model, OSError as `save` does.
+    request: Request
+    inputs: Callable[[], Inputs] = Inputs  # reads the given pictures when their turn comes
+    name: str = ""  # for people: of the given picture, say
+
+    def __str__(self) -> str:
+        return self.name or repr(self.request.prompt[:40])
+
+
+def draw(models: Models, jobs: Sequence[Job], save: Callable[[Image, Job], None]) -> Exit:
+    """Draw, under a progress bar.
+
+    save: gets each picture as soon as it is finished, with the job that makes it alone.
+    Of several jobs, one that fails is reported and the others go on. Ctrl-C ends the run after the step or
+    the picture at hand. Raises LdmError if a single job does not fit the model, OSError as `save` does.
     """
-    # Of several, a prompt that cannot work is told when its turn comes.
-    first = requests[0] if len(requests) == 1 else replace(requests[0], prompt="", negative_prompt="")
-    steps = len(plan(models, first).sigmas) - 1
+    if len(jobs) > 1 and not jobs[0].name:  # what is wrong with all of them is told once
+        plan(models, replace(jobs[0].request, prompt="", negative_prompt=""), jobs[0].inputs())
     print(f"{models.name}: {models.describe()}", file=sys.stderr)
-    total, done, failed = sum(request.batch_size for request in requests), 0, False
-    seed = requests[0].seed  # of the next picture
-    with (
-        patient() as asked,
-        tqdm(total=len(requests) * steps, unit="step", dynamic_ncols=True) as bar,
-    ):
-        for i, request in enumerate(requests):
-            seed = request.seed
+    total, done, failed = sum(job.request.batch_size for job in jobs), 0, False
+    seed = jobs[0].request.seed  # of the next picture
+    with patient() as asked, tqdm(total=0, unit="step", dynamic_ncols=True, delay=0.01) as bar:
+        for i, job in enumerate(jobs):
+            seed = job.request.seed
             try:
                 latents = None
-                settled = plan(models, request)  # each prompt may name other files
-                for step in sample(models, request):
+                inputs = job.inputs()
+                run = plan(models, job.request, inputs)  # each prompt may name other files
+                if i == 0 and run.strength is not None:
+                    made = len(run.sigmas) - 1
+                    bar.write(f"strength {run.strength:g} makes {made} of {run.steps} steps", file=sys.stderr)
+                begin = bar.n
+                bar.total = begin + run.steps_made * (len(jobs) - i)  # the others will be like this one
+                for step in sample(models, job.request, inputs):
                     latents = step.x
                     bar.update()
                     if asked():
                         raise KeyboardInterrupt
                 assert latents is not None
-                bar.update((i + 1) * steps - bar.n)  # some samplers choose their number of steps themselves
+                bar.update(begin + run.steps_made - bar.n)  # some samplers choose their number of steps
                 for place, latent in enumerate(latents):
-                    image, one = picture(models, settled, place, latent), request.single(place)
-                    save(image, one)
+                    one = replace(job, request=job.request.single(place))
+                    save(picture(models, run, place, latent), one)
                     done += 1
-                    seed = one.seed + 1
+                    seed = one.request.seed + 1
                     if asked():
                         raise KeyboardInterrupt
             except LdmError as error:
-                if len(requests) == 1:
+                if len(jobs) == 1:
                     raise
                 failed = True
-                bar.write(f"{request.prompt[:40]!r}: {error}", file=sys.stderr)
+                bar.write(f"{job}: {error}", file=sys.stderr)
             except KeyboardInterrupt:
                 bar.close()
                 print(

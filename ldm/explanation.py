@@ -11,8 +11,9 @@ from ldm import lora
 from ldm.families import Picture
 from ldm.families.family import chunked, context_length
 from ldm.guidance import needs_negative
+from ldm.inputs import NO_INPUTS, Inputs
 from ldm.models import Models
-from ldm.pipeline import Plan, plan
+from ldm.planning import Plan, plan
 from ldm.request import Request
 from ldm.spacings import SPACINGS
 from ldm.text import editing
@@ -64,7 +65,7 @@ class Explanation:
         lines = [
             f"model: {self.model}",
             f"picture: {run.width} x {run.height}, {run.request.batch_size} at once",
-            f"sampler: {run.sampler.name}, schedule {label}, {len(run.sigmas) - 1} steps",
+            f"sampler: {run.sampler.name}, schedule {label}, {len(run.sigmas) - 1} steps{self._share}",
             f"evaluations of the network: {self.evaluations}, cfg scale {run.cfg_scale:g}",
             f"sigmas: {sigmas}",
             "prompt:",
@@ -76,15 +77,26 @@ class Explanation:
             ),
             *(f"file: {line}" for line in self.files),
         ]
+        if run.second is not None:
+            second = run.second
+            lines.append(
+                f"second pass: {second.width} x {second.height}, {second.sampler.name}, "
+                f"{len(second.sigmas) - 1} steps from sigma {second.sigmas[0]:.4g}"
+            )
         return "\n".join(lines)
 
+    @property
+    def _share(self) -> str:
+        strength = self.run.strength
+        return "" if strength is None else f" of {self.run.steps} at strength {strength:g}"
 
-def explain(models: Models, request: Request) -> Explanation:
+
+def explain(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Explanation:
     """Tell what `txt2img` would do: tokens, weights, when prompts change, files, sigmas, evaluations.
 
     Costs no evaluation of the network. Raises what `plan` raises.
     """
-    run = plan(models, request)
+    run = plan(models, request, inputs)
     parts = compose(run.prompt)
     needed = models.family.parts and needs_negative([weight for _, weight in parts], run.cfg_scale)
     networks = run.networks

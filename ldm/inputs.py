@@ -33,6 +33,7 @@ class Inputs:
                 yield f"{name} hash", fingerprint(image)
         for i, control in enumerate(self.controls):
             about = {
+                "Model": control.name,
                 "Weight": f"{control.weight:g}",
                 "Guidance Start": f"{control.start:g}",
                 "Guidance End": f"{control.end:g}",

@@ -25,9 +25,11 @@ from ldm.files import sha256
 from ldm.formats.mapped import printable
 from ldm.images import read_text
 from ldm.infotext import Infotext, infotext, parse
+from ldm.inputs import NO_INPUTS, Inputs
 from ldm.library import Library, files
 from ldm.models import Models
-from ldm.pipeline import picture, plan, sample
+from ldm.pipeline import picture, sample
+from ldm.planning import plan
 from ldm.request import Request
 from ldm.text.prompt import tags
 
@@ -45,11 +47,13 @@ class Replay:
     request: Request  # of the whole batch that the picture is from
     place: int  # of the picture in that batch
     notes: tuple[str, ...]  # what will be different, one line each
+    inputs: Inputs = NO_INPUTS
 
     def draw(self) -> Image.Image:
         """Draw the picture, with the rest of its batch; only this one is decoded."""
-        last = deque(sample(self.models, self.request), maxlen=1).pop()
-        return picture(self.models, plan(self.models, self.request), self.place, last.x[self.place])
+        last = deque(sample(self.models, self.request, self.inputs), maxlen=1).pop()
+        run = plan(self.models, self.request, self.inputs)
+        return picture(self.models, run, self.place, last.x[self.place])
 
 
 def replay(
@@ -57,6 +61,7 @@ def replay(
     models: Models | None = None,
     folders: Sequence[str | os.PathLike[str]] = (),
     *,
+    inputs: Inputs = NO_INPUTS,
     device: torch.device | str = "cpu",
 ) -> Image.Image:
     """Make a picture again. What cannot be as it was is logged as a warning, one line for each field.
@@ -64,11 +69,12 @@ def replay(
     models: what to draw with; None: the checkpoint that the picture names is looked for in the folders (and
         in this package: the embedded model).
     folders: where checkpoints, VAE, LoRA files, hypernetworks and embeddings lie, also in folders below.
+    inputs: the pictures that the run was given, where there were any; the text has only their fingerprints.
     device: for the checkpoint that is loaded.
 
     Raises LdmError if the picture holds no settings, or if the checkpoint is not found.
     """
-    found = prepare(source, models, folders, device=device)
+    found = prepare(source, models, folders, inputs=inputs, device=device)
     for note in found.notes:
         logger.warning(note)
     return found.draw()
@@ -79,6 +85,7 @@ def prepare(
     models: Models | None = None,
     folders: Sequence[str | os.PathLike[str]] = (),
     *,
+    inputs: Inputs = NO_INPUTS,
     device: torch.device | str = "cpu",
 ) -> Replay:
     """Find out how to make a picture again, without drawing it. Arguments and errors as for `replay`."""
@@ -101,10 +108,12 @@ def prepare(
     ]:  # the web UI writes its clip skip into all pictures, and uses it for SD1
         request = replace(request, clip_skip=None)
     request, place = interpret.batch(info, request) if info.ours else (request, 0)
-    run = plan(models, request)
-    text = infotext(run.settled, models, run.networks.hashes, place=place)
+    if request.edit is not None and inputs.picture is None:
+        raise LdmError("this picture was drawn from another one; give that, too (inputs=, or img2img.py)")
+    run = plan(models, request, inputs)
+    text = infotext(run.settled, models, run.networks.hashes, dict(inputs.fields()), place=place)
     notes += _differences(info, parse(text))
-    return Replay(models, request, place, tuple(printable(note, 200) for note in notes))
+    return Replay(models, request, place, tuple(printable(note, 200) for note in notes), inputs)
 
 
 def settings(source: Source) -> Infotext:

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from ldm import Models, Request
+    from ldm import Control, Hires, Models, Request
 
 
 class Parser(argparse.ArgumentParser):
     """Answers a mistake in one line, and takes flags written with _ in place of -."""
 
-    def __init__(self, prog: str, description: str | None, epilog: str = "") -> None:
+    def __init__(self, prog: str, description: str | None, words: str = "", epilog: str = "") -> None:
+        """words: the arguments without a flag, for the first line of the help."""
         super().__init__(
             prog=prog,
+            usage=f"{prog} [flags] {words}".strip(),
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -132,6 +134,174 @@ def add_output(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return files
 
 
+def add_second_pass(p: argparse.ArgumentParser) -> None:
+    """A larger second pass."""
+    hires = p.add_argument_group("a second pass, larger (hires fix), see docs/hires.md")
+    hires.add_argument("--hires", type=float, metavar="X", help="times as wide and high, such as 2")
+    hires.add_argument("--hires-size", metavar="WxH", help="or this size; 0x768: as wide as fits")
+    hires.add_argument(
+        "--hires-upscaler", metavar="NAME", help="Latent (default), Lanczos, a file in --upscalers-dir, ..."
+    )
+    hires.add_argument("--hires-steps", type=int, metavar="N", help="default: as in the first pass")
+    hires.add_argument("--hires-strength", type=float, metavar="X", help="0 keep to 1 invent (default: 0.7)")
+    hires.add_argument("--hires-prompt", metavar="TEXT")
+    hires.add_argument("--hires-negative", metavar="TEXT")
+    hires.add_argument("--hires-sampler", metavar="NAME")
+    hires.add_argument("--hires-schedule", metavar="NAME")
+    hires.add_argument("--hires-cfg-scale", type=float, metavar="X")
+    hires.add_argument("--upscalers-dir", type=Path, metavar="FOLDER", help="with files of upscalers")
+
+
+def add_leading(p: argparse.ArgumentParser) -> None:
+    """What leads a run beside the prompt: hints, a second model."""
+    lead = p.add_argument_group("hints and refiners, see docs/controlnet.md")
+    lead.add_argument(
+        "--control",
+        nargs=2,
+        type=Path,
+        action="append",
+        default=[],
+        metavar=("FILE", "PICTURE"),
+        help="a ControlNet and its hint; may be given several times, the flags below then, too",
+    )
+    lead.add_argument(
+        "--control-hint",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="make the hint of the picture: canny, invert, tile, threshold; none (default): it is one",
+    )
+    lead.add_argument("--control-weight", type=float, action="append", default=[], metavar="X")
+    lead.add_argument("--control-start", type=float, action="append", default=[], metavar="X", help="0 to 1")
+    lead.add_argument("--control-end", type=float, action="append", default=[], metavar="X", help="0 to 1")
+    lead.add_argument(
+        "--control-mode", action="append", default=[], metavar="NAME", help="balanced, prompt, control"
+    )
+    lead.add_argument("--refiner", type=Path, metavar="FILE", help="the model that ends the run (SDXL)")
+    lead.add_argument("--refiner-switch", type=float, default=0.8, metavar="X", help="when (default: 0.8)")
+
+
+def add_editing(p: argparse.ArgumentParser) -> None:
+    """How a given picture is used."""
+    edit = p.add_argument_group("how the picture is used")
+    edit.add_argument(
+        "--strength",
+        "--denoising-strength",
+        type=float,
+        metavar="X",
+        help="above 0 (hardly a change) to 1 (hardly a trace of it); default: 0.75, InstructPix2Pix 1",
+    )
+    edit.add_argument(
+        "--exact-steps", action="store_true", help="make all --steps, spread over the part of the run"
+    )
+    edit.add_argument(
+        "--resize",
+        choices=("resize", "crop", "fill", "latent"),
+        default="resize",
+        help="to --width and --height: stretch, cut, stretch the edges, or stretch the latent",
+    )
+    edit.add_argument("--color-correction", action="store_true", help="keep the colours of the picture")
+    edit.add_argument("--noise-multiplier", type=float, default=1.0, metavar="X", help="default: 1")
+    edit.add_argument(
+        "--extra-noise", type=float, default=0.0, metavar="X", help="for more detail, such as 0.05"
+    )
+    edit.add_argument(
+        "--image-cfg-scale",
+        type=float,
+        default=1.5,
+        metavar="X",
+        help="InstructPix2Pix: how closely to keep to the picture (default: 1.5)",
+    )
+    edit.add_argument("--depth", type=Path, metavar="PICTURE", help="for depth models: white is near")
+
+
+def editing(a: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """The fields of a request that the flags of `add_editing` make. more: further fields of `Edit`."""
+    from dataclasses import replace
+
+    from ldm import Edit
+    from ldm.compat import profile
+
+    compat = profile(a.compat)
+    edit = Edit(
+        strength=a.strength,
+        resize=a.resize,
+        noise_multiplier=a.noise_multiplier,
+        extra_noise=a.extra_noise,
+        color_correction=a.color_correction,
+        **more,
+    )
+    return {
+        "edit": edit,
+        "image_cfg_scale": a.image_cfg_scale,
+        "compat": replace(compat, strength="exact") if a.exact_steps else compat,
+    }
+
+
+def hires(a: argparse.Namespace) -> Hires | None:
+    """The second pass that the flags ask for."""
+    from ldm import Hires, RequestError
+
+    given = {
+        "scale": a.hires,
+        "upscaler": a.hires_upscaler,
+        "steps": a.hires_steps,
+        "strength": a.hires_strength,
+        "prompt": a.hires_prompt,
+        "negative_prompt": a.hires_negative,
+        "sampler": a.hires_sampler,
+        "schedule": a.hires_schedule,
+        "cfg_scale": a.hires_cfg_scale,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if a.hires_size:
+        width, height = size(a.hires_size)
+        chosen |= {"width": width or None, "height": height or None}
+    elif chosen and a.hires is None:
+        raise RequestError("say how large the second pass is, with --hires 2 or --hires-size 1024x1024")
+    return Hires(**chosen) if chosen else None
+
+
+def controls(a: argparse.Namespace, models: Models) -> tuple[Control, ...]:
+    """Load the ControlNets and their hints."""
+    from ldm import Control, RequestError, load_controlnet, read_picture
+    from ldm.hints import HINTS
+
+    def of_each(flag: str, default: Any) -> list[Any]:
+        given = getattr(a, flag)
+        if len(given) not in (0, 1, len(a.control)):
+            name = flag.replace("_", "-")
+            raise RequestError(f"--{name} stands {len(given)} times for {len(a.control)} controls")
+        return (given or [default]) * (len(a.control) if len(given) < 2 else 1)
+
+    each = zip(
+        a.control,
+        of_each("control_hint", "none"),
+        of_each("control_weight", 1.0),
+        of_each("control_start", 0.0),
+        of_each("control_end", 1.0),
+        of_each("control_mode", "balanced"),
+        strict=True,
+    )
+    found = []
+    for (path, picture), hint, weight, start, end, mode in each:
+        if hint not in HINTS:
+            raise RequestError(f"unknown hint {hint!r}; choose from {', '.join(HINTS)}")
+        exist(path, picture)
+        found.append(
+            Control(
+                load_controlnet(path, models),
+                HINTS[hint](read_picture(picture)),
+                weight=weight,
+                start=start,
+                end=end,
+                mode=mode,
+                name=path.stem,
+            )
+        )
+    return tuple(found)
+
+
 def request(a: argparse.Namespace, prompt: str = "", **more: Any) -> Request:
     """The request that the flags of `add_drawing`, `add_noise` and `add_sampling` make, and the styles.
 
@@ -146,6 +316,7 @@ def request(a: argparse.Namespace, prompt: str = "", **more: Any) -> Request:
         if value is not None and value % 8:
             near = max(8, round(value / 8) * 8)
             raise RequestError(f"{name} must be a multiple of 8, got {value}; try {near}")
+    fields: dict[str, Any] = {"compat": profile(a.compat), **more}
     made = Request(
         prompt=prompt,
         negative_prompt=a.negative,
@@ -173,8 +344,8 @@ def request(a: argparse.Namespace, prompt: str = "", **more: Any) -> Request:
         variation_strength=a.variation_strength,
         seed_resize_from=size(a.seed_resize_from) if a.seed_resize_from else None,
         ensd=a.ensd,
-        compat=profile(a.compat),
-        **more,
+        refiner_switch=a.refiner_switch,
+        **fields,
     )
     # Where the model chooses the sampler, any will do to read the name of the schedule.
     sampler, spacing = parse_sampler(a.sampler or "Euler", a.schedule)
@@ -186,28 +357,37 @@ def request(a: argparse.Namespace, prompt: str = "", **more: Any) -> Request:
 
 
 def check(a: argparse.Namespace) -> None:
-    """Raise RequestError if a file or folder of `add_model` and `add_words` does not exist."""
-    exist(a.ckpt, a.vae, a.vocabulary)
-    exist_folders(a.lora_dir, a.embeddings_dir, a.hypernetwork_dir)
+    """Raise RequestError if a file or folder that a flag names does not exist."""
+    exist(a.ckpt, a.vae, a.vocabulary, a.refiner, *(path for pair in a.control for path in pair))
+    exist_folders(a.lora_dir, a.embeddings_dir, a.hypernetwork_dir, getattr(a, "upscalers_dir", None))
 
 
 def models(a: argparse.Namespace) -> Models:
-    """Load what the flags of `add_model` and `add_words` name."""
+    """Load what the flags of `add_model`, `add_words` and `add_leading` name."""
+    from dataclasses import replace
+
     import torch
 
     import ldm
     from ldm import cli
 
-    return ldm.load(
+    device, dtype = cli.device(a.device), getattr(torch, a.dtype) if a.dtype else None
+    library = ldm.Library(
+        a.lora_dir, a.embeddings_dir, a.hypernetwork_dir, upscalers=getattr(a, "upscalers_dir", None)
+    )
+    loaded = ldm.load(
         a.ckpt,
-        device=cli.device(a.device),
-        dtype=getattr(torch, a.dtype) if a.dtype else None,
+        device=device,
+        dtype=dtype,
         vae=a.vae,
         prediction=a.prediction,
         ema=a.ema,
         vocabulary=a.vocabulary,
-        library=ldm.Library(a.lora_dir, a.embeddings_dir, a.hypernetwork_dir),
+        library=library,
     )
+    if a.refiner is None:
+        return loaded
+    return replace(loaded, refiner=ldm.load(a.refiner, device=device, dtype=dtype))
 
 
 def exist(*paths: Path | None) -> None:
@@ -226,6 +406,26 @@ def exist_folders(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.is_dir():
             raise RequestError(f"there is no folder {path}")
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif")  # what is taken from a folder
+
+
+def pictures(paths: Sequence[Path]) -> list[Path]:
+    """The pictures named, those of folders by name. Raises RequestError if there are none."""
+    from ldm import RequestError
+
+    exist(*paths)
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        if not inside:
+            raise RequestError(f"there are no pictures in {path}")
+        found += inside
+    return found
 
 
 def size(text: str) -> tuple[int, int]:

@@ -25,7 +25,7 @@ import flags
 
 
 def parser() -> flags.Parser:
-    p = flags.Parser("train_lora", __doc__)
+    p = flags.Parser("train_lora", __doc__, "--data DIR --out FILE")
     add = p.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="with folders <repeats>_<name> of pictures")
     add("--out", type=Path, required=True, metavar="FILE", help="the LoRA, a .safetensors file")

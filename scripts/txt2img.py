@@ -28,7 +28,7 @@ LAION400M = Path("models/ldm/text2img-large/model.ckpt")  # where the original s
 
 
 def parser() -> flags.Parser:
-    p = flags.Parser("txt2img", __doc__, "Where nothing is said, the model decides.")
+    p = flags.Parser("txt2img", __doc__, "prompt", "Where nothing is said, the model decides.")
     p.add_argument("positional", metavar="prompt", nargs="?", help="what to draw")
     p.add_argument("--prompt", help="the same as a flag")
     p.add_argument("--from-file", type=Path, metavar="FILE", help="draw each line of a text file")
@@ -44,6 +44,9 @@ def parser() -> flags.Parser:
     words.add_argument(
         "--models-dir", type=Path, metavar="FOLDER", help="where --from-picture finds files by their hashes"
     )
+    flags.add_second_pass(p)
+    flags.add_leading(p)
+    p.add_argument("--depth", type=Path, metavar="PICTURE", help="for depth models: white is near")
     flags.add_noise(p)
     flags.add_model(p)
     flags.add_sampling(p)
@@ -112,7 +115,8 @@ def requests(a: argparse.Namespace) -> list[Request]:
         if value is not None and value < 1:
             raise RequestError(f"{name} must be at least 1, got {value}")
     prompts = [a.prompt] if a.from_file is None else read_prompts(a.from_file)
-    batches = [flags.request(a, prompt) for prompt in prompts for _ in range(a.n_iter)]
+    hires = flags.hires(a)
+    batches = [flags.request(a, prompt, hires=hires) for prompt in prompts for _ in range(a.n_iter)]
     stride = 0 if a.fixed_code else a.batch_size
     return [replace(request, seed=request.seed + i * stride) for i, request in enumerate(batches)]
 
@@ -139,7 +143,7 @@ def draw(a: argparse.Namespace) -> int:
 
     todo = [] if a.from_picture else requests(a)
     flags.check(a)
-    flags.exist(a.from_picture)
+    flags.exist(a.from_picture, a.depth)
     flags.exist_folders(a.models_dir)
     pictures = len(todo) * a.batch_size or 1
     output = cli.Output(a.out, a.overwrite)
@@ -157,17 +161,20 @@ def draw(a: argparse.Namespace) -> int:
     if a.explain:
         print("\n\n".join(str(ldm.explain(models, request)) for request in todo))
         return 0
+    inputs = ldm.Inputs(
+        depth=ldm.read_picture(a.depth) if a.depth else None, controls=flags.controls(a, models)
+    )
     sheet: list[Image] = []
 
-    def save(image: Image, request: Request) -> None:
-        if wanted not in (None, request):
+    def save(image: Image, job: cli.Job) -> None:
+        if wanted not in (None, job.request):
             return
         if not a.skip_save:
-            output.save(image, str(request.seed))
+            output.save(image, str(job.request.seed))
         if 1 < pictures <= MAX_GRID and not a.no_grid:
             sheet.append(image)
 
-    code = cli.draw(models, todo, save)
+    code = cli.draw(models, [cli.Job(request, lambda: inputs) for request in todo], save)
     if sheet and code is not cli.Exit.STOPPED:
         output.save(grid(sheet, a.n_rows), "grid")
     return code

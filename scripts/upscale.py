@@ -26,11 +26,10 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag a
     from ldm.upscalers import Upscaler
 
 LATENT_SETTINGS = ("steps", "eta", "seed", "prompt", "negative_prompt", "cfg_scale", "noise_level")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif")  # what is taken from a folder
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = flags.Parser("upscale", __doc__)
+    p = flags.Parser("upscale", __doc__, "picture ...")
     p.add_argument("pictures", nargs="+", type=Path, metavar="picture", help="files, and folders of them")
 
     how = p.add_argument_group("how large")
@@ -115,23 +114,6 @@ def upscalers(a: argparse.Namespace) -> list[Upscaler]:
     return found
 
 
-def sources(a: argparse.Namespace) -> list[Path]:
-    """The pictures named, those of folders by name. Raises RequestError if there are none."""
-    from ldm import RequestError
-
-    flags.exist(*a.pictures)
-    found: list[Path] = []
-    for path in a.pictures:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        if not inside:
-            raise RequestError(f"there are no pictures in {path}")
-        found += inside
-    return found
-
-
 def targets(a: argparse.Namespace, pictures: Sequence[Path]) -> list[Path]:
     """Where each picture goes. Raises RequestError where two would be one file, or one its own source."""
     from ldm import RequestError
@@ -160,7 +142,7 @@ def run(a: argparse.Namespace) -> int:
 
     flags.exist(a.ldsr)
     flags.exist_folders(a.upscalers_dir)
-    pictures = sources(a)
+    pictures = flags.pictures(a.pictures)
     cli.Output(a.out, a.overwrite).prepare(len(pictures))
     outputs = [cli.Output(target, a.overwrite) for target in targets(a, pictures)]
     jobs = list(zip(pictures, outputs, strict=True))

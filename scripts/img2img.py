@@ -1,0 +1,91 @@
+"""Draw pictures anew, from their own colours and shapes.
+
+    python scripts/img2img.py sketch.png "a red apple"
+    python scripts/img2img.py photos/ "an oil painting" --strength 0.5 --ckpt v1-5-pruned-emaonly.safetensors
+    python scripts/img2img.py photo.png "make it snow" --ckpt instruct-pix2pix-00-22000.safetensors
+
+Saved paths go to stdout, everything else to stderr. Every PNG holds its settings, and the fingerprint of the
+picture it was drawn from. To repaint a part of a picture there is inpaint.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import flags
+
+if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag are answered without it
+    from PIL.Image import Image
+
+    from ldm.cli import Job
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = flags.Parser("img2img", __doc__, "picture [prompt]", "Where nothing is said, the model decides.")
+    p.add_argument("picture", type=Path, help="a picture, or a folder of them")
+    p.add_argument("prompt", nargs="?", default="", help="what to draw")
+    p.add_argument(
+        "--from-picture",
+        type=Path,
+        metavar="FILE",
+        help="draw this picture again from PICTURE, with the settings it carries",
+    )
+    flags.add_editing(p)
+    flags.add_drawing(p)
+    flags.add_words(p)
+    flags.add_leading(p)
+    flags.add_noise(p)
+    flags.add_model(p)
+    flags.add_sampling(p)
+    flags.add_output(p)
+    a = p.parse_args(argv)
+    if a.from_picture and a.picture.is_dir():
+        p.error("--from-picture needs the one picture that it was drawn from, not a folder")
+    return a
+
+
+def run(a: argparse.Namespace) -> int:
+    """Check every value, then load, draw and save. Returns the exit code."""
+    import ldm
+    from ldm import cli
+    from ldm.reproduce import prepare
+
+    request = flags.request(a, a.prompt, **flags.editing(a))
+    flags.check(a)
+    flags.exist(a.depth, a.from_picture)
+    pictures = flags.pictures([a.picture])
+    output = cli.Output(a.out, a.overwrite)
+    output.prepare(len(pictures) * a.batch_size)
+    models = flags.models(a)
+    depth = ldm.read_picture(a.depth) if a.depth else None
+    controls = flags.controls(a, models)
+
+    def inputs(path: Path) -> ldm.Inputs:
+        return ldm.Inputs(picture=ldm.read_picture(path), depth=depth, controls=controls)
+
+    jobs = [cli.Job(request, lambda path=path: inputs(path), path.stem) for path in pictures]
+    wanted = None  # of a batch; None: all
+    if a.from_picture:
+        found = prepare(a.from_picture, models, inputs=inputs(a.picture))
+        for note in found.notes:
+            print(f"img2img: {note}", file=sys.stderr)
+        jobs = [cli.Job(found.request, lambda: found.inputs, a.picture.stem)]
+        wanted = found.request.single(found.place)
+
+    def save(image: Image, job: Job) -> None:
+        if wanted in (None, job.request):
+            output.save(image, f"{job.request.seed}-{job.name}" if len(jobs) > 1 else str(job.request.seed))
+
+    return cli.draw(models, jobs, save)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return flags.main("img2img", parse, run, argv)
+
+
+if __name__ == "__main__":
+    flags.start(main)
