@@ -56,6 +56,7 @@ EDIT = (
     Field("Mask blur", "mask_blur", str, int),
     _words("Mask mode", "mask_invert", {True: "Inpaint not masked", False: "Inpaint masked"}),
     _words("Inpaint area", "only_masked", {True: "Only masked", False: "Whole picture"}),
+    _words("Keep size", "keep_size", {True: "True", False: "False"}),
     Field("Masked area padding", "padding", str, int),
     _words("Masked content", "masked_content", _CONTENT),
 )

@@ -49,13 +49,22 @@ class Plan:
         """The given picture and mask, prepared. Raises RequestError if nothing is masked."""
         if self.inputs.picture is None or self.request.edit is None:
             return None
-        keep_size = self.request.width is None and self.request.height is None
-        return canvas(self.inputs, self.request.edit, self.width, self.height, keep_size=keep_size)
+        return canvas(self.inputs, self.request.edit, self.width, self.height, keep_size=self._keep_size)
+
+    @property
+    def _keep_size(self) -> bool:
+        request = self.request
+        named = request.width is not None or request.height is not None
+        return not named or (request.edit is not None and request.edit.keep_size)
 
     @property
     def settled(self) -> Request:
         """The request with nothing left open, as it is written into the pictures."""
-        edit = self.request.edit
+        edit, picture = self.request.edit, self.inputs.picture
+        if edit is not None:
+            other = picture is not None and picture.size != (self.width, self.height)
+            keep_size = other and self.inputs.mask is not None and not edit.only_masked and self._keep_size
+            edit = replace(edit, strength=self.strength, keep_size=keep_size)
         return replace(
             self.request,
             width=self.width,
@@ -64,7 +73,7 @@ class Plan:
             cfg_scale=self.cfg_scale,
             sampler=self.sampler.name,
             schedule=self.spacing,
-            edit=edit and replace(edit, strength=self.strength),
+            edit=edit,
         )
 
 
