@@ -31,9 +31,7 @@ class Edit:
     masked_content: Content = "original"
     only_masked: bool = False  # work on the part around the mask alone, in full resolution
     padding: int = 32  # pixels around that part
-    keep_size: bool = (
-        False  # the result is as large as the picture; always so where the request names no size
-    )
+    keep_size: bool = False  # the result is as large as the picture, as it is where no size is named
     mask_weight: float = 1.0  # inpainting models: how far the mask hides the picture, 0 to 1
     soft: Soft | None = None  # soft inpainting: let pixels keep a share of the picture
 
