@@ -31,7 +31,12 @@ def parser() -> flags.Parser:
     p = flags.Parser("txt2img", __doc__, "prompt", "Where nothing is said, the model decides.")
     p.add_argument("positional", metavar="prompt", nargs="?", help="what to draw")
     p.add_argument("--prompt", help="the same as a flag")
-    p.add_argument("--from-file", type=Path, metavar="FILE", help="draw each line of a text file")
+    p.add_argument(
+        "--from-file",
+        type=Path,
+        metavar="FILE",
+        help="draw each line of a text file: prompts, or flags as --prompt 'a cat' --steps 7",
+    )
     p.add_argument(
         "--from-picture", type=Path, metavar="FILE", help="draw a picture again, from the settings it carries"
     )
@@ -109,29 +114,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def requests(a: argparse.Namespace) -> list[Request]:
     """One request for each batch. Raises LdmError if a value makes no sense for any model."""
-    from ldm import RequestError
+    from ldm import RequestError, prompt_file, styles
 
     for name, value in (("--n-iter", a.n_iter), ("--n-rows", a.n_rows)):
         if value is not None and value < 1:
             raise RequestError(f"{name} must be at least 1, got {value}")
-    prompts = [a.prompt] if a.from_file is None else read_prompts(a.from_file)
     hires = flags.hires(a)
-    batches = [flags.request(a, prompt, hires=hires) for prompt in prompts for _ in range(a.n_iter)]
-    stride = 0 if a.fixed_code else a.batch_size
-    return [replace(request, seed=request.seed + i * stride) for i, request in enumerate(batches)]
+    if a.from_file is None:
+        first = flags.request(a, a.prompt, hires=hires)
+        stride = 0 if a.fixed_code else a.batch_size
+        return [replace(first, seed=first.seed + i * stride) for i in range(a.n_iter)]
+    base = flags.request(argparse.Namespace(**(vars(a) | {"style": []})), hires=hires)
+    found, notes = prompt_file.read(
+        read_text(a.from_file),
+        base,
+        n_iter=a.n_iter,
+        iterate=not a.fixed_code,
+        known=styles.read(a.styles_file) if a.style or a.styles_file.exists() else {},
+        names=a.style,
+    )
+    for note in notes:
+        print(f"txt2img: {note}", file=sys.stderr)
+    return found
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_text(path: Path) -> str:
     from ldm import RequestError
 
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read prompts from {path}: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise RequestError(f"there are no prompts in {path}")
-    return prompts
 
 
 def draw(a: argparse.Namespace) -> int:
@@ -145,7 +158,7 @@ def draw(a: argparse.Namespace) -> int:
     flags.check(a)
     flags.exist(a.from_picture, a.depth)
     flags.exist_folders(a.models_dir)
-    pictures = len(todo) * a.batch_size or 1
+    pictures = sum(request.batch_size for request in todo) or 1
     output = cli.Output(a.out, a.overwrite)
     if not a.explain:
         output.prepare(pictures)
