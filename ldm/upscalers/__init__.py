@@ -10,10 +10,12 @@ What a file holds decides what is built of it, never its name.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -29,7 +31,7 @@ from ldm.upscalers.compact import CompactNet, compact_config
 from ldm.upscalers.esrgan import RRDBNet, renamed, rrdb_config
 from ldm.upscalers.latent import LatentUpscaler
 from ldm.upscalers.ldsr import LDSR
-from ldm.upscalers.upscaler import Filter, NetworkUpscaler, Progress, Upscaler, interpolated
+from ldm.upscalers.upscaler import Filter, Network, NetworkUpscaler, Progress, Upscaler, interpolated
 from ldm.upscalers.x4 import X4Upscaler
 
 __all__ = [
@@ -64,6 +66,21 @@ WEB_UI = {
     "R-ESRGAN General WDN 4xV3": "realesr-general-wdn-x4v3",
 }
 """The names in the web UI's pictures, and what the published files are called, without ending."""
+
+
+class Kind(NamedTuple):
+    """A kind of network that reads and draws RGB pictures."""
+
+    name: str
+    found_by: str  # the name of a weight that no other kind has
+    config: Callable[[Mapping[str, tuple[int, ...]]], Any]  # from shapes; CheckpointError if they are strange
+    network: Callable[[Any], Network]  # from that configuration
+
+
+KINDS = (
+    Kind("ESRGAN", "body.0.rdb1.conv1.weight", rrdb_config, RRDBNet),
+    Kind("SRVGGNetCompact", "body.0.weight", compact_config, CompactNet),
+)
 
 NESTED = ("params_ema.", "params.", "module.")  # where published files keep their weights; averages first
 
@@ -123,7 +140,7 @@ def upscaler_named(
     return _tiled(_from_file(path, name, torch.device(device)), tile, overlap)
 
 
-def load_network(weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> RRDBNet | CompactNet:
+def load_network(weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Network:
     """The network that these weights make, in float16 on CUDA, else in float32.
 
     Raises CheckpointError if they make none that is known here, or are incomplete.
@@ -134,18 +151,14 @@ def load_network(weights: Mapping[str, Tensor], device: torch.device | str = "cp
         weights = strip(weights, prefix) or weights
     weights = renamed(weights)
     shapes = shapes_of(weights)
-    if any(name.startswith("body.0.rdb1.") for name in weights):
-        esrgan = rrdb_config(shapes)
-        return build(lambda: RRDBNet(esrgan), weights, "ESRGAN", device, dtype)
-    if len(shapes.get("body.0.weight", ())) == 4:
-        compact = compact_config(shapes)
-        return build(lambda: CompactNet(compact), weights, "SRVGGNetCompact", device, dtype)
+    for kind in KINDS:
+        if kind.found_by in weights:
+            return build(partial(kind.network, kind.config(shapes)), weights, kind.name, device, dtype)
+    known = ", ".join(kind.name for kind in KINDS) + ", LDSR"
     for part, what in OTHERS.items():
         if any(part in name for name in weights):
-            raise CheckpointError(
-                f"it looks like {what}; of networks, ESRGAN, SRVGGNetCompact and LDSR are known"
-            )
-    raise CheckpointError("it is no upscaler that is known here (ESRGAN, SRVGGNetCompact, LDSR)")
+            raise CheckpointError(f"it looks like {what}; known are {known}")
+    raise CheckpointError(f"it is no upscaler that is known here: {known}")
 
 
 def load_latent(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LatentUpscaler:

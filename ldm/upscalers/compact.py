@@ -57,7 +57,8 @@ def compact_config(shapes: Mapping[str, tuple[int, ...]]) -> CompactConfig:
     last = shapes.get(f"body.{2 * convolutions - 2}.weight", ())  # activations stand between them
     if convolutions < 2 or not last:
         raise CheckpointError("it looks like SRVGGNetCompact without its PReLU weights; get another file")
-    (features, channels, *_), outputs = shapes["body.0.weight"], last[0]
+    first, outputs = shapes["body.0.weight"], last[0]
+    features, channels = first[:2] if len(first) == 4 else (0, 0)
     factor = math.isqrt(outputs // 3)
     if channels != 3 or outputs != 3 * factor**2 or not 1 <= factor <= 16:
         raise CheckpointError(

@@ -18,6 +18,9 @@ from ldm.tiles import tiled_strips
 from ldm.upscalers.compact import CompactNet
 from ldm.upscalers.esrgan import RRDBNet
 
+Network = RRDBNet | CompactNet
+"""Each has a `config` and a `factor`, and turns (B, 3, H, W) in [0, 1] into the same, that much larger."""
+
 Progress = Callable[[float], object]  # called with the share that is done, up to 1
 
 logger = logging.getLogger(__name__)
@@ -61,7 +64,7 @@ class NetworkUpscaler:
     """
 
     name: str
-    network: RRDBNet | CompactNet
+    network: Network
     tile: int = 192  # the web UI's sizes
     overlap: int = 8
 
