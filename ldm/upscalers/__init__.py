@@ -90,7 +90,6 @@ OTHERS = {
     "attn.temperature": "Restormer or DAT",
     "m_head.": "ScuNET or DPIR",
     "block_1.c1_r.": "SPAN",
-    ".conv1x1.": "ESRGAN+",
     "encoder.blocks.": "CodeFormer, which restores faces",
 }
 """(part of a weight's name): what else such files may hold, to tell the user."""
