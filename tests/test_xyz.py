@@ -30,13 +30,15 @@ def words(titles) -> list[str]:
 
 
 # The web UI's list, in its order; those of both kinds of pictures once.
-WEB_UI = """Nothing, Seed, Var. seed, Var. strength, Steps, Hires steps, CFG Scale, Image CFG Scale,
-Prompt S/R, Prompt order, Sampler, Hires sampler, Checkpoint name, Negative Guidance minimum sigma, Sigma Churn,
-Sigma min, Sigma max, Sigma noise, Schedule type, Schedule min sigma, Schedule max sigma, Schedule rho,
-Beta schedule alpha, Beta schedule beta, Eta, Clip skip, Denoising, Initial noise multiplier, Extra noise,
-Hires upscaler, Cond. Image Mask Weight, VAE, Styles, UniPC Order, Face restore, Token merging ratio,
-Token merging ratio high-res, Always discard next-to-last sigma, SGM noise multiplier, Refiner checkpoint,
-Refiner switch at, RNG source, FP8 mode, Size"""
+WEB_UI = """
+Nothing, Seed, Var. seed, Var. strength, Steps, Hires steps, CFG Scale, Image CFG Scale, Prompt S/R,
+Prompt order, Sampler, Hires sampler, Checkpoint name, Negative Guidance minimum sigma, Sigma Churn,
+Sigma min, Sigma max, Sigma noise, Schedule type, Schedule min sigma, Schedule max sigma, Schedule
+rho, Beta schedule alpha, Beta schedule beta, Eta, Clip skip, Denoising, Initial noise multiplier,
+Extra noise, Hires upscaler, Cond. Image Mask Weight, VAE, Styles, UniPC Order, Face restore, Token
+merging ratio, Token merging ratio high-res, Always discard next-to-last sigma, SGM noise
+multiplier, Refiner checkpoint, Refiner switch at, RNG source, FP8 mode, Size
+"""
 
 
 def test_every_axis_of_the_web_ui_is_here_or_told_why_not():
