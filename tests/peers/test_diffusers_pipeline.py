@@ -39,6 +39,8 @@ def peer_unet(models: Models) -> Any:
     }
     peer_class: Any = UNet2DConditionModel  # its annotations are narrower than what it takes
     peer = peer_class(
+        sample_size=64,  # the usual size of a latent, which some pipelines ask for
+        in_channels=config.in_channels,
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
         block_out_channels=tuple(widths),
