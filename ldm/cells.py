@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.checkpoint import load_vae
-from ldm.errors import CheckpointError, LdmError
+from ldm.errors import CheckpointError, LdmError, RequestError
 from ldm.files import remove_unfinished
 from ldm.grids import Title, notice, sheet, shrunk
 from ldm.images import MAX_PIXELS, opaque, read_picture, read_text, save, with_text
@@ -33,12 +33,18 @@ MAX_CELLS = 10_000  # of one layout
 
 @dataclass(frozen=True)
 class Cell:
-    """What to draw, and with what."""
+    """A picture to draw, and what to draw it with. Raises RequestError for a batch of several."""
 
     request: Request
     checkpoint: Path | None = None  # None: the model that the run is given
     vae: Path | None = None  # None: the autoencoder of that model
     styles: tuple[str, ...] = ()  # names, for `ldm.styles.apply`
+
+    def __post_init__(self) -> None:
+        if self.request.batch_size != 1:
+            raise RequestError(
+                f"each picture of a sheet is drawn alone, not {self.request.batch_size} at once"
+            )
 
 
 @dataclass(frozen=True)

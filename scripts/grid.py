@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag a
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = flags.Parser("grid", __doc__, "Where nothing is said, the model decides.")
+    p = flags.Parser("grid", __doc__, "[prompt]", "Where nothing is said, the model decides.")
     p.add_argument("positional", metavar="prompt", nargs="?", help="what to draw")
     p.add_argument("--prompt", help="the same as a flag")
 
@@ -71,8 +71,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     start = p.add_argument_group("a picture to start from, see docs/img2img.md")
     start.add_argument("--picture", type=Path, metavar="FILE", help="given to every picture of the plot")
-    start.add_argument("--mask", type=Path, metavar="FILE", help="white is repainted")
-    start.add_argument("--strength", type=float, metavar="X", help="0 keep to 1 invent")
+    start.add_argument("--mask", type=Path, metavar="FILE", help="white is repainted, black is kept")
+    flags.add_editing(p)
     flags.add_second_pass(p)
     flags.add_leading(p)
     flags.add_noise(p)
@@ -87,6 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if (a.positional is None) == (a.prompt is None) and (plot or a.matrix):
         p.error("give one prompt")
     a.prompt = a.positional if a.prompt is None else a.prompt
+    if a.picture is None and (a.mask is not None or a.strength is not None):
+        p.error("--mask and --strength need a picture to start from, --picture")
     if a.batch_size != 1:
         p.error("each picture of a sheet is drawn by itself; use the axis seed in place of --batch-size")
     for name, value, low, high in (
@@ -102,13 +104,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def layout(a: argparse.Namespace) -> Layout:
     """What to draw. Raises LdmError if a value makes no sense for any model."""
     from ldm import styles
-    from ldm.edit import Edit
     from ldm.prompt_matrix import matrix
     from ldm.xyz import NOTHING, chosen, plot
 
-    names, a.style = a.style, []  # a style belongs to the finished prompt, not to one of its parts
-    edit = Edit(strength=a.strength) if a.picture else None
-    request = flags.request(a, a.prompt, edit=edit, hires=flags.hires(a))
+    # A style belongs to the finished prompt, not to one of its parts.
+    names, unstyled = a.style, argparse.Namespace(**(vars(a) | {"style": []}))
+    edit = flags.editing(a) if a.picture else {}
+    request = flags.request(unstyled, a.prompt, hires=flags.hires(a), **edit)
     known = styles.read(a.styles_file) if names or a.styles_file.exists() else {}
     if a.matrix:
         return matrix(
@@ -139,7 +141,7 @@ def draw(a: argparse.Namespace) -> int:
         return contacts(a, output)
     todo = layout(a)
     flags.check(a)
-    flags.exist(a.picture, a.mask)
+    flags.exist(a.picture, a.mask, a.depth)
     flags.exist_folders(a.models_dir)
     output.prepare(1)
     file = a.out.suffix.lower() in ENDINGS
@@ -147,9 +149,9 @@ def draw(a: argparse.Namespace) -> int:
     folder.mkdir(exist_ok=True)
 
     def load(checkpoint: Path | None) -> tuple[Models, Inputs]:
-        models = flags.models(argparse.Namespace(**{**vars(a), "ckpt": checkpoint or a.ckpt}))
-        picture, mask = (path and read_picture(path) for path in (a.picture, a.mask))
-        return models, Inputs(picture=picture, mask=mask, controls=flags.controls(a, models))
+        models = flags.models(argparse.Namespace(**(vars(a) | {"ckpt": checkpoint or a.ckpt})))
+        picture, mask, depth = (path and read_picture(path) for path in (a.picture, a.mask, a.depth))
+        return models, Inputs(picture, mask, depth, flags.controls(a, models))
 
     outcomes = cells.draw(todo, load, folder)
     if outcomes is None:

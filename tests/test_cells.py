@@ -85,6 +85,11 @@ def test_what_is_there_is_not_drawn_again(tmp_path: Path, runs: list[int]):
     assert len(contents(tmp_path)) == 5
 
 
+def test_a_cell_is_one_picture():
+    with pytest.raises(RequestError, match="drawn alone, not 2 at once"):
+        plot(replace(BASE, batch_size=2), chosen("Seed: 1"))
+
+
 def test_equal_cells_are_drawn_once(tmp_path: Path):
     outcomes = draw(plot(BASE, chosen("Var. seed: 1-3")), Loader(), tmp_path)  # with a strength of 0
     assert outcomes is not None

@@ -49,6 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["a cat", "--x", "checkpoint=none"], "there is no file 'none'"),
         (["a cat", "--x", "seed=1", "--ckpt", "none.ckpt"], "there is no file none.ckpt"),
         (["a cat", "--x", "seed=1", "--picture", "none.png"], "there is no file none.png"),
+        (["a cat", "--x", "seed=1", "--strength", "0.5"], "--mask and --strength need a picture"),
         (["a cat", "--x", "denoising=0.5"], "Denoising needs a picture to start from"),
         (["a cat", "--x", "hires steps=5"], "Hires steps needs a second pass"),
         (["a cat" + "|b" * 14, "--matrix"], "a prompt matrix has at most 13 parts"),
