@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ldm.denoise import Network
 from ldm.errors import RequestError
+from ldm.hints import HINTS
 from ldm.images import opaque
 from ldm.resize import Mode as Resize
 from ldm.resize import resized
@@ -110,13 +111,14 @@ class Control:
     """
 
     network: ControlNet
-    hint: Image.Image  # transparent parts count as black: nothing is there
+    hint: Image.Image  # or the picture of which it is made; transparent parts of a hint count as black
     weight: float = 1.0  # 0 to 10; 0: the hint has no effect
     start: float = 0.0  # of the run, 0 to 1: where the hint begins to count ...
     end: float = 1.0  # ... and where it ends
     mode: Mode = "balanced"
     name: str = "unnamed"  # of the network, for the settings in the picture
-    resize: Resize = "crop"  # how a hint of another shape is made to fit, see ldm.resize
+    preprocessor: str = "none"  # makes the hint of the picture, once it fits; a name of ldm.hints.HINTS
+    resize: Resize = "crop"  # how a picture of another shape is made to fit, see ldm.resize
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and 0 <= self.weight <= 10):
@@ -125,7 +127,11 @@ class Control:
             raise RequestError(
                 f"a control needs 0 <= start < end <= 1, got start {self.start} and end {self.end}"
             )
-        for name, choices in (("mode", get_args(Mode)), ("resize", get_args(Resize))):
+        for name, choices in (
+            ("mode", get_args(Mode)),
+            ("resize", get_args(Resize)),
+            ("preprocessor", tuple(HINTS)),
+        ):
             if (value := getattr(self, name)) not in choices:
                 raise RequestError(f"{name} of a control must be {', '.join(choices)}, got {value!r}")
 
@@ -160,7 +166,7 @@ def prepared(control: Control, unet: UNetConfig, *, width: int, height: int, fac
     check_fit(network, unet, factor)
     weight = network.input_hint_block[0].weight
     assert isinstance(weight, Tensor)  # for the type checker
-    hint = to_hint(control.hint, width, height, control.resize).to(weight.device, weight.dtype)
+    hint = to_hint(control, width, height).to(weight.device, weight.dtype)
     return Prepared(network, network.features(hint), scales(control, len(network.skips) + 1))
 
 
@@ -181,9 +187,14 @@ def check_fit(network: ControlNet, unet: UNetConfig, factor: int | None) -> None
             )
 
 
-def to_hint(image: Image.Image, width: int, height: int, resize: Resize = "crop") -> Tensor:
-    """A picture as a hint: (1, 3, height, width) float32 in [0, 1], RGB. resize: see ldm.resize."""
-    pixels = np.asarray(resized(opaque(image, "black"), width, height, resize), dtype=np.float32) / 255
+def to_hint(control: Control, width: int, height: int) -> Tensor:
+    """The hint of a control for pictures of this size: (1, 3, height, width) float32 in [0, 1], RGB.
+
+    The picture is made to fit first and turned into a hint then: thin lines would fade if they were shrunk.
+    """
+    image = opaque(control.hint, "black" if control.preprocessor == "none" else "white")
+    image = HINTS[control.preprocessor](resized(image, width, height, control.resize))
+    pixels = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W)
 
 

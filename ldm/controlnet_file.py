@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from ldm.models import Models
 from ldm.rename import from_diffusers
 
 CONTROL = "control_model."
-EMBEDDED = Path(__file__).parent / "controlnet_canny.safetensors"
-"""The ControlNet in this package: canny edges, for the embedded model."""
+BUILT_IN: Mapping[str, Path] = MappingProxyType(
+    {"canny": Path(__file__).parent / "controlnet_canny.safetensors"}
+)
+"""The ControlNets in this package, for the embedded model, by name."""
 
 # What people pass for a ControlNet by mistake, by a piece of a name in it.
 _MISTAKES = (
@@ -35,7 +38,7 @@ _MISTAKES = (
 
 
 def load_controlnet(
-    path: str | os.PathLike[str] | None,
+    path: str | os.PathLike[str],
     models: Models,
     *,
     device: torch.device | str | None = None,
@@ -43,16 +46,14 @@ def load_controlnet(
 ) -> ControlNet:
     """Load a ControlNet for a model, from a file of any layout; names and shapes decide.
 
-    path: None: the one for canny edges of the embedded model.
+    path: a .safetensors, .ckpt or .pth file, or a name in BUILT_IN.
     models: tells what no shape does, the number of attention heads.
     device, dtype: None: those of `models`.
 
     Raises CheckpointError, one line, if the file is damaged, incomplete, something else, or for another
     model.
     """
-    path = EMBEDDED if path is None else Path(path)
-    if path is EMBEDDED and not path.exists():
-        raise CheckpointError("no ControlNet is in this installation; give the path of one")
+    path = BUILT_IN.get(os.fspath(path), Path(path))
     weights = dict(read(path).tensors)
     try:
         weights = original_names(weights)

@@ -1,7 +1,7 @@
 """Hints for ControlNet that need no network: edges, inverted lines, blurred tiles, black and white.
 
-Each is a function from a picture to a picture of the same size, in RGB; what is transparent counts as white,
-as a page shows it.
+Each is a function from a picture to an RGB picture of the same size; what is transparent counts as white, as
+a page shows it.
 """
 
 from collections.abc import Callable, Mapping
@@ -105,7 +105,12 @@ def threshold(image: Image.Image, level: int = 127) -> Image.Image:
     return opaque(image).convert("L").point([255 * (value > level) for value in range(256)]).convert("RGB")
 
 
+def none(image: Image.Image) -> Image.Image:
+    """The picture itself: it is a hint already."""
+    return image
+
+
 HINTS: Mapping[str, Hint] = MappingProxyType(
-    {"none": opaque, "canny": canny, "invert": invert, "tile": tile, "threshold": threshold}
+    {"none": none, "canny": canny, "invert": invert, "tile": tile, "threshold": threshold}
 )
 """By the names that users write."""

@@ -33,6 +33,7 @@ class Inputs:
                 yield f"{name} hash", fingerprint(image)
         for i, control in enumerate(self.controls):
             about = {
+                "Module": control.preprocessor,
                 "Model": control.name,
                 "Weight": f"{control.weight:g}",
                 "Guidance Start": f"{control.start:g}",

@@ -162,7 +162,7 @@ def add_leading(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("FILE", "PICTURE"),
-        help="a ControlNet and its hint; may be given several times, the flags below then, too",
+        help="a ControlNet (canny: the embedded model's) and its hint; may be repeated, like those below",
     )
     lead.add_argument(
         "--control-hint",
@@ -265,7 +265,6 @@ def hires(a: argparse.Namespace) -> Hires | None:
 def controls(a: argparse.Namespace, models: Models) -> tuple[Control, ...]:
     """Load the ControlNets and their hints."""
     from ldm import Control, RequestError, load_controlnet, read_picture
-    from ldm.hints import HINTS
 
     def of_each(flag: str, default: Any) -> list[Any]:
         given = getattr(a, flag)
@@ -285,13 +284,11 @@ def controls(a: argparse.Namespace, models: Models) -> tuple[Control, ...]:
     )
     found = []
     for (path, picture), hint, weight, start, end, mode in each:
-        if hint not in HINTS:
-            raise RequestError(f"unknown hint {hint!r}; choose from {', '.join(HINTS)}")
-        exist(path, picture)
         found.append(
             Control(
                 load_controlnet(path, models),
-                HINTS[hint](read_picture(picture)),
+                read_picture(picture),
+                preprocessor=hint,
                 weight=weight,
                 start=start,
                 end=end,
@@ -358,7 +355,10 @@ def request(a: argparse.Namespace, prompt: str = "", **more: Any) -> Request:
 
 def check(a: argparse.Namespace) -> None:
     """Raise RequestError if a file or folder that a flag names does not exist."""
-    exist(a.ckpt, a.vae, a.vocabulary, a.refiner, *(path for pair in a.control for path in pair))
+    from ldm.controlnet_file import BUILT_IN
+
+    exist(a.ckpt, a.vae, a.vocabulary, a.refiner)
+    exist(*(path for pair in a.control for path in pair if str(path) not in BUILT_IN))
     exist_folders(a.lora_dir, a.embeddings_dir, a.hypernetwork_dir, getattr(a, "upscalers_dir", None))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import ldm
-from ldm.controlnet_file import EMBEDDED
+from ldm.controlnet_file import BUILT_IN
 from ldm.formats import write_safetensors
 from ldm.training.controlnet import BATCH, LOOP, train_controlnet
 from ldm.training.default_model import SCOPES, latent_views
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--scope", choices=SCOPES, default="small", help="that it was trained on")
     parser.add_argument("--data", type=Path, help="default: build/data/icons-SCOPE.safetensors")
     parser.add_argument("--folder", type=Path, default=Path("build/controlnet"), help="state of the run")
-    parser.add_argument("--out", type=Path, default=EMBEDDED, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=BUILT_IN["canny"], help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

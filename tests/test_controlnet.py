@@ -24,6 +24,7 @@ from ldm.controlnet import (
 from ldm.controlnet_file import load_controlnet
 from ldm.errors import RequestError
 from ldm.formats import write_safetensors
+from ldm.hints import canny
 from ldm.unet import UNet, UNetConfig, timestep_embedding
 from tests.golden import module_case
 from tests.test_unet import LIVE, TINY, randomised
@@ -217,9 +218,12 @@ def test_a_control_is_active_between_its_ends():
     assert steps(0, 1, 1) == [0]
 
 
+def hint_of(picture: Image.Image, width: int, height: int, **settings: Any) -> Tensor:
+    return to_hint(Control(controlnet(TINY), picture, **settings), width, height)
+
+
 def test_a_hint_is_its_picture_in_rgb_from_0_to_1():
-    picture = Image.new("RGB", (4, 2), (255, 51, 0))
-    hint = to_hint(picture, 4, 2)
+    hint = hint_of(Image.new("RGB", (4, 2), (255, 51, 0)), 4, 2)
     assert hint.shape == (1, 3, 2, 4)
     torch.testing.assert_close(hint[0, :, 1, 3], torch.tensor([1.0, 0.2, 0.0]))
 
@@ -227,17 +231,24 @@ def test_a_hint_is_its_picture_in_rgb_from_0_to_1():
 def test_what_is_transparent_in_a_hint_is_black():
     picture = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     picture.putpixel((3, 3), (255, 255, 255, 255))
-    hint = to_hint(picture, 8, 8)
-    assert hint.sum() == 3
+    assert hint_of(picture, 8, 8).sum() == 3
 
 
 def test_hints_of_any_size_are_made_to_fit():
     wide = Image.new("RGB", (128, 64), "white")
     wide.paste("black", (0, 0, 32, 64))  # the left quarter
-    assert to_hint(wide, 64, 64).mean() == 1  # "crop" cuts it off
-    assert to_hint(wide, 64, 64, "resize").mean() == pytest.approx(0.75, abs=0.01)
+    assert hint_of(wide, 64, 64).mean() == 1  # "crop" cuts it off
+    assert hint_of(wide, 64, 64, resize="resize").mean() == pytest.approx(0.75, abs=0.01)
     control = Control(controlnet(TINY), wide)
     assert prepared(control, TINY, width=64, height=48, factor=8).features.shape == (1, 32, 6, 8)
+
+
+def test_a_picture_is_fitted_before_it_is_turned_into_a_hint():
+    large = Image.new("RGB", (512, 512), "white")
+    large.paste("black", (128, 128, 384, 384))
+    edges = hint_of(large, 64, 64, preprocessor="canny")
+    assert set(edges.unique().tolist()) == {0.0, 1.0}  # shrunk lines would be grey
+    assert torch.equal(edges, hint_of(canny(large.resize((64, 64), Image.Resampling.LANCZOS)), 64, 64))
 
 
 @pytest.mark.parametrize(
@@ -248,6 +259,7 @@ def test_hints_of_any_size_are_made_to_fit():
         ({"start": 0.5, "end": 0.5}, "0 <= start < end <= 1"),
         ({"end": 1.5}, "0 <= start < end <= 1"),
         ({"mode": "soft"}, "mode of a control must be balanced, prompt, control, got 'soft'"),
+        ({"preprocessor": "depth"}, "preprocessor of a control must be none, canny, invert, tile, threshold"),
         ({"resize": "stretch"}, "resize of a control must be resize, crop, fill, got 'stretch'"),
     ],
 )
