@@ -102,11 +102,11 @@ def draw(models: Models, jobs: Sequence[Job], save: Callable[[Image, Job], None]
                 latents = None
                 inputs = job.inputs()
                 run = plan(models, job.request, inputs)  # each prompt may name other files
+                begin = bar.n
+                bar.total = begin + run.steps_made * (len(jobs) - i)  # the others will be like this one
                 if i == 0 and run.strength is not None:
                     made = len(run.sigmas) - 1
                     bar.write(f"strength {run.strength:g} makes {made} of {run.steps} steps", file=sys.stderr)
-                begin = bar.n
-                bar.total = begin + run.steps_made * (len(jobs) - i)  # the others will be like this one
                 for step in sample(models, job.request, inputs):
                     latents = step.x
                     bar.update()
