@@ -1,0 +1,84 @@
+"""Enlarge a picture and draw it anew, tile by tile ("SD upscale"): any size, with the detail of a model.
+
+    python scripts/sd_upscale.py picture.png "a red apple"
+    python scripts/sd_upscale.py photo.png "stone walls" --ckpt v1-5-pruned-emaonly.safetensors --scale 3
+
+The prompt is drawn into each tile: keep --strength low, or hold the picture together with a ControlNet. The
+saved path goes to stdout, everything else to stderr. --width and --height are those of a tile.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import flags
+
+STRENGTH = 0.3  # where none is given: that of image to image would draw the prompt into each tile
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = flags.Parser("sd_upscale", __doc__, "picture [prompt]", "Where nothing is said, the model decides.")
+    p.add_argument("picture", type=Path)
+    p.add_argument("prompt", nargs="?", default="", help="what to draw, in each tile")
+    flags.add_editing(p)
+    flags.add_drawing(p)
+    p.conflict_handler = "resolve"  # elsewhere, --scale is an old word for --cfg-scale
+    tiles = p.add_argument_group("how large, and in which tiles")
+    tiles.add_argument("--scale", type=float, default=2.0, metavar="X", help="times as wide (default: 2)")
+    tiles.add_argument(
+        "--upscaler",
+        metavar="NAME",
+        help="what enlarges it first: a file, its name in --upscalers-dir, Lanczos (default: embedded one)",
+    )
+    tiles.add_argument("--upscalers-dir", type=Path, metavar="FOLDER", help="with files of upscalers")
+    tiles.add_argument("--overlap", type=int, metavar="N", help="pixels that tiles share (SD: 64)")
+    flags.add_words(p)
+    flags.add_leading(p)
+    flags.add_noise(p)
+    flags.add_model(p)
+    flags.add_sampling(p)
+    flags.add_output(p)
+    a = p.parse_args(argv)
+    a.strength = STRENGTH if a.strength is None else a.strength
+    return a
+
+
+def run(a: argparse.Namespace) -> int:
+    """Check every value, then load, draw and save. Returns the exit code."""
+    import ldm
+    from ldm import cli
+    from ldm.sd_upscale import tiles
+    from ldm.upscalers import DEFAULT, load_upscaler
+
+    request = flags.request(a, a.prompt, **flags.editing(a))
+    flags.check(a)
+    flags.exist(a.picture, a.depth)
+    flags.exist_folders(a.upscalers_dir)
+    output = cli.Output(a.out, a.overwrite)
+    output.prepare(1)
+    picture = ldm.read_picture(a.picture)
+    depth = ldm.read_picture(a.depth) if a.depth else None
+    library = ldm.Library(upscalers=a.upscalers_dir)
+    upscaler = load_upscaler(a.upscaler or DEFAULT, library, device=cli.device(a.device))
+    models = flags.models(a)
+    inputs = ldm.Inputs(picture=picture, depth=depth, controls=flags.controls(a, models))
+    parts = tiles(models, request, inputs, upscaler, scale=a.scale, overlap=a.overlap)
+    drawn = []
+    jobs = [
+        cli.Job(one, lambda inputs=inputs: inputs, f"tile {i} of {len(parts.runs)}")
+        for i, (one, inputs) in enumerate(parts.runs, start=1)
+    ]
+    code = cli.draw(models, jobs, lambda image, job: drawn.append(image))
+    if code is cli.Exit.DONE:
+        output.save(parts.joined(drawn), f"{request.seed}-{a.picture.stem}")
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return flags.main("sd_upscale", parse, run, argv)
+
+
+if __name__ == "__main__":
+    flags.start(main)
