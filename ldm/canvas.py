@@ -13,7 +13,7 @@ from ldm.edit import Edit
 from ldm.images import opaque
 from ldm.inputs import Inputs
 from ldm.masks import Box
-from ldm.resize import resized
+from ldm.resize import Mode, resized
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +21,21 @@ class Canvas:
     """All pictures are RGB and of the size of the run, all masks "L" with white for what is repainted."""
 
     picture: Image.Image
-    start: Image.Image  # the picture; behind the mask perhaps the colours around it
+    start: (
+        Image.Image
+    )  # the same; behind the mask perhaps the colours around it; of "latent", as it was given
     mask: Image.Image | None
     color_correction: bool
     original: Image.Image  # RGB or RGBA, the picture into which the result goes
     seam: Image.Image | None  # the mask for that, of the size of `original`
     box: Box | None  # the part of `original` that is drawn; None: all of it
+    size: tuple[int, int]  # of the picture as it was given
+    mode: Mode  # how it was made to fit
+
+    def like(self, image: Image.Image) -> Image.Image:
+        """Another picture of the same scene, such as its depth or edges, made to fit as the picture was."""
+        image = resized(image, *self.size)
+        return resized(image if self.box is None else image.crop(self.box), *self.picture.size, self.mode)
 
     def finished(self, drawn: Image.Image, change: Tensor | None = None) -> Image.Image:
         """The result of a run as a picture to keep: what the mask keeps is as it was, to the byte.
@@ -62,14 +71,16 @@ def canvas(inputs: Inputs, edit: Edit, width: int, height: int, *, keep_size: bo
     assert inputs.picture is not None
     picture = opaque(inputs.picture)
     if inputs.mask is None:
-        stretched = picture if edit.resize == "latent" else resized(picture, width, height, edit.resize)
-        return Canvas(stretched, stretched, None, edit.color_correction, picture, None, None)
+        mode = "resize" if edit.resize == "latent" else edit.resize
+        fit = resized(picture, width, height, mode)
+        start = picture if edit.resize == "latent" else fit
+        return Canvas(fit, start, None, edit.color_correction, picture, None, None, picture.size, mode)
 
     mask = masks.from_picture(inputs.mask)
     mask = masks.prepared(mask, picture.size, invert=edit.mask_invert, blur=edit.mask_blur)
     area = masks.region(mask, edit.padding)
     original = as_given if (as_given := inputs.picture).mode in ("RGB", "RGBA") else picture
-    seam, box = mask, None
+    seam, box, size = mask, None, picture.size
     if edit.only_masked:
         box = masks.expanded(area, (width, height), picture.size)
         picture, mask, mode = picture.crop(box), mask.crop(box), "fill"
@@ -81,4 +92,4 @@ def canvas(inputs: Inputs, edit: Edit, width: int, height: int, *, keep_size: bo
         seam = resized(mask, width, height, mode)
     picture, mask = resized(picture, width, height, mode), resized(mask, width, height, mode)
     start = picture if edit.masked_content == "original" else masks.filled(picture, mask)
-    return Canvas(picture, start, mask, edit.color_correction, original, seam, box)
+    return Canvas(picture, start, mask, edit.color_correction, original, seam, box, size, mode)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import masks
-from ldm.controlnet import Controlled, prepared
+from ldm.controlnet import Control, Controlled, prepared
 from ldm.denoise import Conditioning, Denoise, Denoiser
 from ldm.families import Concat, Picture
 from ldm.guidance import Guides, cfg, needs_negative
@@ -51,7 +51,7 @@ def denoisers(models: Models, run: Plan) -> list[Denoise]:
         )
 
     factor = autoencoder(models).config.factor
-    hints = run.inputs.controls
+    hints = [fitting(one, run) for one in run.inputs.controls]
     controls = [
         prepared(one, models.unet.config, width=run.width, height=run.height, factor=factor) for one in hints
     ]
@@ -66,6 +66,13 @@ def denoisers(models: Models, run: Plan) -> list[Denoise]:
         return guided(controlled(tuple(active)), base[step], away)
 
     return [at(step) for step in range(steps)]
+
+
+def fitting(control: Control, run: Plan) -> Control:
+    """A hint of the given picture's shape shows the same scene: it is cut and stretched with the picture."""
+    if run.canvas is None or not masks.same_shape(control.hint.size, run.canvas.size):
+        return control
+    return replace(control, hint=run.canvas.like(control.hint))
 
 
 @torch.no_grad()
@@ -129,8 +136,11 @@ def further_channels(models: Models, run: Plan) -> Tensor | None:
             vae = autoencoder(models)
             return vae.encode(to_tensor(run.canvas.picture, models.device)) / vae.config.scale
         case Concat.DEPTH:
-            assert run.inputs.depth is not None
-            return _relative_depth(run.inputs.depth, run.latent_shape[1:]).to(models.device)
+            depth = run.inputs.depth
+            assert depth is not None
+            if run.canvas is not None:
+                depth = run.canvas.like(depth)
+            return _relative_depth(depth, run.latent_shape[1:]).to(models.device)
         case _:
             return None
 

@@ -65,12 +65,18 @@ def prepared(
     Raises RequestError if it has another shape than the picture.
     """
     width, height = size
-    if abs(mask.width * height - width * mask.height) > max(mask.width * height, width * mask.height) / 50:
+    if not same_shape(mask.size, size):
         raise RequestError(
             f"the mask is {mask.width}x{mask.height}, the picture {width}x{height}; their shapes must match"
         )
     mask = resized(mask.convert("L"), width, height)
     return blurred(ImageOps.invert(mask) if invert else mask, blur)
+
+
+def same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) have the same proportions, but for a few pixels."""
+    across, down = a[0] * b[1], b[0] * a[1]
+    return abs(across - down) <= max(across, down) / 50
 
 
 def blurred(mask: Image.Image, sigma: float) -> Image.Image:

@@ -8,7 +8,7 @@ a pipeline of your own.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -41,13 +41,16 @@ def sample(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Iter
     run at a time on the same `models`.
     """
     run = plan(models, request, inputs)
+    with texture(models, run):
+        latents = given(models, run)
     step = None
-    for step in descend(models, run, given(models, run)):
+    for step in descend(models, run, latents):
         yield step
     if run.second is not None and step is not None:
-        made = len(run.sigmas) - 1
-        for following in descend(models, run.second, hires.larger_latents(models, run, step.x)):
-            yield following._replace(index=made + following.index)
+        with texture(models, run):
+            latents = hires.larger_latents(models, run, step.x)
+        for following in descend(models, run.second, latents):
+            yield following._replace(index=step.index + 1 + following.index)
 
 
 def descend(models: Models, run: Plan, latents: Tensor | None) -> Iterator[Step]:
@@ -58,6 +61,9 @@ def descend(models: Models, run: Plan, latents: Tensor | None) -> Iterator[Step]
         x, noise, keep = start(models, run, latents)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
+            nonlocal at
+            if sigma == run.sigmas[0]:  # DPM adaptive begins again for each picture of a batch
+                at = 0
             return keep(guided[at](x, sigma), sigma)
 
         for step in run.sampler(denoise, x, run.sigmas, noise, **run.request.sampler_options()):
@@ -117,16 +123,25 @@ def latent_mask(models: Models, run: Plan) -> Tensor | None:
 @contextmanager
 def changed(models: Models, run: Plan) -> Iterator[None]:
     """Within the block the model is as the run wants it; then it is as before."""
-    textures = (part for part in (models.denoiser.network, models.vae) if isinstance(part, nn.Module))
-    with networks.applied(models, run.networks), seamless(*(textures if run.request.tiling else ())):
+    with networks.applied(models, run.networks), texture(models, run):
         yield
+
+
+def texture(models: Models, run: Plan) -> AbstractContextManager[None]:
+    """Within the block, opposite edges of a picture meet if the run shall draw a texture."""
+    if not run.request.tiling:
+        return nullcontext()
+    parts = [models.denoiser.network, models.vae, *(one.network for one in run.inputs.controls)]
+    if models.refiner is not None:
+        parts.append(models.refiner.denoiser.network)
+    return seamless(*(part for part in parts if isinstance(part, nn.Module)))
 
 
 def given(models: Models, run: Plan) -> Tensor | None:
     """The latents (B, C, h, w) of the given picture; None: the run starts from noise alone."""
     if run.canvas is None or run.request.edit is None:
         return None
-    if models.family.concat is Concat.PICTURE and run.strength == 1:
+    if models.family.concat is Concat.PICTURE and run.strength == 1 and run.canvas.mask is None:
         return None  # InstructPix2Pix sees the picture all the time
     image = run.canvas.start
     if run.request.edit.resize == "latent" and run.canvas.mask is None:
@@ -147,16 +162,18 @@ def picture(models: Models, run: Plan, i: int, latent: Tensor) -> Image.Image:
             image = hires.larger_picture(models, run, latent)
         else:
             image = to_pil(decode(models, latent.unsqueeze(0))[0], truncate=run.request.compat.truncate_8bit)
+        changes = change(models, run, latent)
     if run.canvas is not None:
-        image = run.canvas.finished(image, change(models, run, latent))
+        image = run.canvas.finished(image, changes)
     return with_text(image, text)
 
 
 def change(models: Models, run: Plan, latent: Tensor) -> Tensor | None:
     """Soft inpainting: how much of each pixel of a finished latent (C, h, w) to show, (1, 1, h, w)."""
     soft = run.request.edit and run.request.edit.soft
-    before, mask = given(models, run), latent_mask(models, run)
-    if not soft or before is None or mask is None:
+    mask = latent_mask(models, run) if soft else None
+    before = None if mask is None else given(models, run)
+    if soft is None or mask is None or before is None:
         return None
     return soft_inpainting.visible(soft, before[:1], latent.unsqueeze(0), mask)
 
