@@ -122,7 +122,7 @@ def test_latent_diffusion_is_found_by_its_file_and_takes_its_flags(
         (["--max-side", "0"], "a side in pixels must be 1 to 65535"),
         (["--steps", "5"], "Lanczos cannot use --steps"),
         (["--ldsr", "none.ckpt"], "give one of both"),
-        (["--upscaler", "none"], "'none' is asked for"),
+        (["--upscaler", "none"], "there is no upscaler 'none'"),
         (["--upscalers-dir", "nowhere"], "there is no folder nowhere"),
         (["--device", "abacus"], "unknown device 'abacus'"),
         (["--out", "x.gif"], "saved as .png"),
