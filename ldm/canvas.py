@@ -21,9 +21,7 @@ class Canvas:
     """All pictures are RGB and of the size of the run, all masks "L" with white for what is repainted."""
 
     picture: Image.Image
-    start: (
-        Image.Image
-    )  # the same; behind the mask perhaps the colours around it; of "latent", as it was given
+    start: Image.Image  # the same, but perhaps filled behind the mask; for "latent", of its own size
     mask: Image.Image | None
     color_correction: bool
     original: Image.Image  # RGB or RGBA, the picture into which the result goes

@@ -157,7 +157,7 @@ def given(models: Models, run: Plan) -> Tensor | None:
 def picture(models: Models, run: Plan, i: int, latent: Tensor) -> Image.Image:
     """Decode the finished latent (C, h, w) of picture i of a run and write its settings into it."""
     text = infotext(run.settled, models, run.networks.hashes, dict(run.inputs.fields()), place=i)
-    with changed(models, run):  # a texture is decoded as one, too
+    with texture(models, run):
         if run.request.hires and run.second is None:
             image = hires.larger_picture(models, run, latent)
         else:
