@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
@@ -88,15 +89,14 @@ def blurred(mask: Image.Image, sigma: float) -> Image.Image:
     radius = int(2.5 * sigma + 0.5)
     if radius == 0:
         return mask
-    bell = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
-    bell /= bell.sum()
-    levels = np.asarray(mask).astype(np.float32)  # (H, W)
+    distance = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    bell = torch.exp(-(distance**2) / (2 * sigma**2))
+    bell = (bell / bell.sum()).float()[None, None]  # (1, 1, 2 * radius + 1)
+    rows = np.asarray(mask, dtype=np.float32)  # (H, W)
     for _ in range(2):
-        padded = np.pad(levels.T, ((radius, radius), (0, 0)), mode="reflect")
-        rows = len(padded) - 2 * radius
-        shifted = (weight * padded[i : i + rows] for i, weight in enumerate(bell.astype(np.float32)))
-        levels = np.floor(sum(shifted) + 0.5)  # transposed: twice is as before
-    return Image.fromarray(levels.astype(np.uint8))
+        padded = torch.from_numpy(np.pad(rows, ((0, 0), (radius, radius)), mode="reflect"))
+        rows = torch.floor(F.conv1d(padded[:, None], bell)[:, 0] + 0.5).numpy().T  # turned: then columns
+    return Image.fromarray(rows.astype(np.uint8))
 
 
 def region(mask: Image.Image, padding: int = 0) -> Box:
@@ -190,9 +190,10 @@ def pasted(
     seen.paste(Image.fromarray(shares.astype(np.uint8)).crop(box), box[:2])
     result = original.copy()
     result.info = {name: original.info[name] for name in ("icc_profile",) if name in original.info}
-    if seen.getbbox() is not None:
-        part = resized(drawn.convert("RGB"), box[2] - box[0], box[3] - box[1], "crop")
-        result.paste(_mixed(original.crop(box), part, seen.crop(box)), box[:2])
+    if touched := seen.getbbox():
+        part = Image.new("RGB", original.size)
+        part.paste(resized(drawn.convert("RGB"), box[2] - box[0], box[3] - box[1], "crop"), box[:2])
+        result.paste(_mixed(original.crop(touched), part.crop(touched), seen.crop(touched)), touched[:2])
     outside = np.asarray(seen) == 0
     if (np.asarray(result)[outside] != np.asarray(original)[outside]).any():
         raise LdmError(
