@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.errors import RequestError, check_range
+from ldm.errors import LdmError, RequestError, check_range
 from ldm.images import opaque, with_text
-from ldm.infotext import infotext
+from ldm.infotext import Infotext, infotext
 from ldm.inputs import Inputs
 from ldm.models import Models
 from ldm.pipeline import txt2img
@@ -98,6 +98,18 @@ def tiles(
         "SD upscale upscaler": upscaler.name,
     }
     return Tiles(image, places, runs, infotext(run.settled, models, run.networks.hashes, about))
+
+
+def chosen(info: Infotext) -> tuple[str, float, int]:
+    """The upscaler's name, the scale and the overlap that a picture made here tells of itself.
+
+    Raises LdmError if it was not drawn in tiles, or does not tell all of it, as those of the web UI.
+    """
+    try:
+        values = [info.fields[f"SD upscale {name}"] for name in ("upscaler", "by", "overlap")]
+        return values[0], float(values[1]), int(values[2])
+    except (KeyError, ValueError):
+        raise LdmError("this picture does not tell how it was drawn in tiles; give it as flags") from None
 
 
 def sd_upscale(

@@ -10,6 +10,7 @@ saved path goes to stdout, everything else to stderr. --width and --height are t
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.Parser("sd_upscale", __doc__, "picture [prompt]", "Where nothing is said, the model decides.")
     p.add_argument("picture", type=Path)
     p.add_argument("prompt", nargs="?", default="", help="what to draw, in each tile")
+    p.add_argument(
+        "--from-picture",
+        type=Path,
+        metavar="FILE",
+        help="draw this large picture again from PICTURE, with the settings it carries",
+    )
     flags.add_editing(p)
     flags.add_drawing(p)
     p.conflict_handler = "resolve"  # elsewhere, --scale is an old word for --cfg-scale
@@ -49,21 +56,32 @@ def run(a: argparse.Namespace) -> int:
     """Check every value, then load, draw and save. Returns the exit code."""
     import ldm
     from ldm import cli
-    from ldm.sd_upscale import tiles
-    from ldm.upscalers import DEFAULT, load_upscaler
+    from ldm.reproduce import prepare, settings
+    from ldm.sd_upscale import chosen, tiles
+    from ldm.upscalers import DEFAULT, load_upscaler, upscaler_named
 
     request = flags.request(a, a.prompt, **flags.editing(a))
     flags.check(a)
-    flags.exist(a.picture, a.depth)
+    flags.exist(a.picture, a.depth, a.from_picture)
     flags.exist_folders(a.upscalers_dir)
     output = cli.Output(a.out, a.overwrite)
     output.prepare(1)
     picture = ldm.read_picture(a.picture)
     depth = ldm.read_picture(a.depth) if a.depth else None
-    library = ldm.Library(upscalers=a.upscalers_dir)
-    upscaler = load_upscaler(a.upscaler or DEFAULT, library, device=cli.device(a.device))
     models = flags.models(a)
     inputs = ldm.Inputs(picture=picture, depth=depth, controls=flags.controls(a, models))
+    library, device = ldm.Library(upscalers=a.upscalers_dir), cli.device(a.device)
+    if a.from_picture:
+        info = settings(a.from_picture)
+        name, a.scale, a.overlap = chosen(info)
+        upscaler = upscaler_named(name, library, device=device)  # a name from a file is never a path
+        found = prepare(info, models, inputs=inputs)
+        models, request = found.models, found.request
+        for note in found.notes:
+            if not note.startswith("SD upscale"):
+                print(f"sd_upscale: {note}", file=sys.stderr)
+    else:
+        upscaler = load_upscaler(a.upscaler or DEFAULT, library, device=device)
     parts = tiles(models, request, inputs, upscaler, scale=a.scale, overlap=a.overlap)
     drawn = []
     jobs = [
@@ -71,9 +89,11 @@ def run(a: argparse.Namespace) -> int:
         for i, (one, inputs) in enumerate(parts.runs, start=1)
     ]
     code = cli.draw(models, jobs, lambda image, job: drawn.append(image))
-    if code is cli.Exit.DONE:
-        output.save(parts.joined(drawn), f"{request.seed}-{a.picture.stem}")
-    return code
+    if code is not cli.Exit.DONE:
+        print("sd_upscale: not all tiles are drawn, so nothing is saved", file=sys.stderr)
+        return code
+    output.save(parts.joined(drawn), f"{request.seed}-{a.picture.stem}")
+    return cli.Exit.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

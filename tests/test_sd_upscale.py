@@ -11,10 +11,11 @@ import ldm
 from ldm import cli
 from ldm.controlnet import Control
 from ldm.edit import Edit, Hires
-from ldm.errors import RequestError
+from ldm.errors import LdmError, RequestError
 from ldm.images import read_text, save
+from ldm.infotext import parse
 from ldm.inputs import Inputs
-from ldm.sd_upscale import sd_upscale, tiles
+from ldm.sd_upscale import chosen, sd_upscale, tiles
 from ldm.tiles import grid
 from ldm.upscalers import enlarged, load_upscaler
 from scripts.sd_upscale import main
@@ -107,3 +108,24 @@ def test_the_command_line_draws_all_tiles_and_says_how(
     text = read_text(tmp_path / "large.png")
     assert "SD upscale by: 2, SD upscale overlap: 24, SD upscale upscaler: Lanczos" in text
     assert "Denoising strength: 0.3" in text
+
+    again = [str(tmp_path / "small.png"), "--from-picture", str(tmp_path / "large.png")]
+    again += [
+        "--ckpt",
+        str(tmp_path / "tiny.safetensors"),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    assert main(again) == cli.Exit.DONE
+    assert "sd_upscale:" not in capsys.readouterr().err  # no difference to tell
+    with Image.open(tmp_path / "large.png") as large, Image.open(tmp_path / "x.png") as same:
+        assert large.tobytes() == same.tobytes()
+    assert read_text(tmp_path / "x.png") == text
+
+
+def test_a_picture_that_was_not_drawn_in_tiles_says_so() -> None:
+    for fields in ("Seed: 1", "SD upscale upscaler: x, SD upscale overlap: 64", "SD upscale by: much"):
+        with pytest.raises(LdmError, match="does not tell how it was drawn in tiles"):
+            chosen(parse(f"a cat\nSteps: 20, Sampler: Euler, {fields}"))
