@@ -147,25 +147,24 @@ class _Run:
         self.bar.total += sum(new.values())
         self.bar.refresh()
         for i, (name, settled) in runs.items():
-            try:
-                if name not in self.there:
+            if name not in self.there:
+                end = self.bar.n + settled.steps_made
+                try:
                     self.there[name] = self.one(models, settled, self.folder / f"{i:05d}-{name}.png")
+                except LdmError as error:
+                    self.fail([i], error)
+                self.bar.update(end - self.bar.n)  # some samplers choose their number of steps themselves
+            if name in self.there:
                 self.outcomes[i] = self.there[name]
-            except LdmError as error:
-                self.fail([i], error)
 
     def one(self, models: Models, run: Plan, path: Path) -> Path:
         """Draw one picture and save it. Raises KeyboardInterrupt between two steps."""
-        end = self.bar.n + run.steps_made
         latents = None
-        try:
-            for step in sample(models, run.request, run.inputs):
-                latents = step.x
-                self.bar.update()
-                if self.asked():
-                    raise KeyboardInterrupt
-        finally:
-            self.bar.update(end - self.bar.n)  # some samplers choose their number of steps themselves
+        for step in sample(models, run.request, run.inputs):
+            latents = step.x
+            self.bar.update()
+            if self.asked():
+                raise KeyboardInterrupt
         assert latents is not None
         image = picture(models, run, 0, latents[0])
         try:

@@ -169,12 +169,13 @@ def contacts(a: argparse.Namespace, output: Output) -> int:
     """A sheet of pictures that exist."""
     from ldm import cli
     from ldm.contact_sheet import contact_sheet
+    from ldm.formats.mapped import printable
 
     paths = flags.pictures(a.sheet)
     output.prepare(1)
     whole, failed = contact_sheet(paths, a.columns, side=a.cell or 256, margin=a.margin)
     for path, error in failed.items():
-        print(f"{path}: {error}", file=sys.stderr)
+        print(f"{printable(str(path.parent), 150)}: {error}", file=sys.stderr)
     save(output, whole)
     return cli.Exit.FAILED if failed else cli.Exit.DONE
 
