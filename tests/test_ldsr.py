@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_families import tiny
 from torch import Tensor
 
 from ldm.denoise import Denoiser, Prediction
@@ -18,6 +17,7 @@ from ldm.models import Models
 from ldm.upscalers import enlarged, load_latent
 from ldm.upscalers.latent import padded
 from ldm.upscalers.ldsr import LDSR
+from tests.tiny_families import tiny
 
 
 def ldsr(**settings: int | float) -> LDSR:
@@ -38,7 +38,12 @@ def knowing_models() -> Models:
     schedule = FAMILY.schedule()
 
     def network(
-        x: Tensor, t: Tensor, context: object = None, y: object = None, control: object = None
+        x: Tensor,
+        t: Tensor,
+        context: object = None,
+        y: object = None,
+        control: object = None,
+        adapter: object = None,
     ) -> Tensor:
         sigma = schedule.sigma(float(t[0]))
         noisy, small = x.chunk(2, dim=1)

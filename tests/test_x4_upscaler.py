@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import tiny
 
 from ldm.errors import CheckpointError, RequestError
 from ldm.upscalers import load_latent
 from ldm.upscalers.x4 import X4Upscaler
+from tests.tiny_families import tiny
 
 SMALL = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.peers.test_diffusers_pipeline import peer_embeddings, peer_vae
-from tests.tiny_families import tiny
 
 from ldm.models import Models
 from ldm.upscalers.x4 import X4Upscaler
+from tests.peers.test_diffusers_pipeline import peer_embeddings, peer_vae
+from tests.tiny_families import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers, with numpy 2
 
