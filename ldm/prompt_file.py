@@ -91,8 +91,10 @@ def read(
             first = _request(settings, base, seed)
             first = styles.apply(first, known, _style_names(settings, known, names))
             batches = settings.get("n_iter", n_iter)
-            if not 1 <= batches <= MAX_BATCHES - len(requests):
-                raise RequestError(f"n_iter must be 1 or more, and {MAX_BATCHES} in the whole file")
+            if batches < 1:
+                raise RequestError(f"n_iter must be at least 1, got {batches}")
+            if len(requests) + batches > MAX_BATCHES:
+                raise RequestError(f"a file makes at most {MAX_BATCHES} batches; part it")
             requests.append(first)
             requests += [replace(first, seed=first.seed + i * first.batch_size) for i in range(1, batches)]
         except LdmError as error:

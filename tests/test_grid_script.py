@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ldm import cli
+from ldm.denoise import Prediction
 from scripts.grid import main
 from tests.tiny_families import tiny
 
@@ -189,6 +190,15 @@ def test_contact_sheets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_all_axes_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main(["--axes"]) == 0
     assert "CFG Scale" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_the_same_command_serves_every_family(family: str, words: list[str], tmp_path: Path):
+    tiny(family, Prediction.EPS).save(tmp_path / "tiny.safetensors")
+    words[words.index("--ckpt") + 1] = str(tmp_path / "tiny.safetensors")
+    axes = ["--x", "cfg scale=1, 7", "--y", "clip skip=1, 2"]
+    assert main([*words, *axes, "--out", str(tmp_path)]) == 0
+    assert len(list((tmp_path / "cells").iterdir())) == 4
 
 
 def test_the_embedded_model_draws_plots(tmp_path: Path):
