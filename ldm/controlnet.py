@@ -8,7 +8,7 @@ Shapes: B batch, h w latent pixels, H W pixels of the hint.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm import t2i_adapter
 from ldm.denoise import Network
 from ldm.errors import RequestError
 from ldm.hints import HINTS
 from ldm.images import opaque
 from ldm.resize import Mode as Resize
 from ldm.resize import resized
+from ldm.t2i_adapter import Adapter
 from ldm.unet import SD1_UNET, InputHalf, UNetConfig
 
 Mode = Literal["balanced", "prompt", "control"]
@@ -87,15 +89,9 @@ class ControlNet(InputHalf):
         features: (B or 1, model_channels, h, w), see there. The rest: as in `UNet.forward`.
         Raises ValueError if context or y is missing or given in vain.
         """
-        emb = self.embedding(x, t, context, y)  # (B, E)
-        first, *others = self.input_blocks
-        h = first(x, emb, context, x.shape[2:]) + features
-        residuals = [self.zero_convs[0](h)]
-        for layers, zero_conv in zip(others, self.zero_convs[1:], strict=True):
-            h = layers(h, emb, context, h.shape[2:])
-            residuals.append(zero_conv(h))
-        h = self.middle_block(h, emb, context, h.shape[2:])
-        return [*residuals, self.middle_block_out(h)]
+        outputs = self.down(x, self.embedding(x, t, context, y), context, {0: features})
+        layers = (*self.zero_convs, self.middle_block_out)
+        return [layer(output) for layer, output in zip(layers, outputs, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +106,7 @@ class Control:
     Raises RequestError where a number makes no sense.
     """
 
-    network: ControlNet
+    network: ControlNet | Adapter
     hint: Image.Image  # or the picture of which it is made; transparent parts of a hint count as black
     weight: float = 1.0  # 0 to 10; 0: the hint has no effect
     start: float = 0.0  # of the run, 0 to 1: where the hint begins to count ...
@@ -155,34 +151,54 @@ class Prepared:
         return [scale * residual for scale, residual in zip(self.scales, found, strict=True)]
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """The same of a T2I-Adapter: what it adds is the same at every step, too."""
+
+    features: Mapping[int, Tensor]  # number of an input block -> (1, C, h, w), weighted
+
+
 @torch.no_grad()
-def prepared(control: Control, unet: UNetConfig, *, width: int, height: int, factor: int) -> Prepared:
+def prepared(
+    control: Control, unet: UNetConfig, *, width: int, height: int, factor: int
+) -> Prepared | PreparedAdapter:
     """Make a control ready for pictures of width x height pixels.
 
     unet, factor: of the model that runs, and of its autoencoder.
-    Raises RequestError if the ControlNet is for another model.
+    Raises RequestError if the ControlNet or adapter is for another model.
     """
     network = control.network
     check_fit(network, unet, factor)
-    weight = network.input_hint_block[0].weight
-    assert isinstance(weight, Tensor)  # for the type checker
+    weight = next(network.parameters())
     hint = to_hint(control, width, height).to(weight.device, weight.dtype)
-    return Prepared(network, network.features(hint), scales(control, len(network.skips) + 1))
+    if isinstance(network, ControlNet):
+        return Prepared(network, network.features(hint), scales(control, len(network.skips) + 1))
+    found = network(hint)
+    weighted = (weight * one for weight, one in zip(scales(control, len(found)), found, strict=True))
+    every = (
+        unet.num_res_blocks + 1
+    )  # input blocks of each level; the last of its ResBlocks takes the features
+    return PreparedAdapter({level * every + unet.num_res_blocks: one for level, one in enumerate(weighted)})
 
 
-def check_fit(network: ControlNet, unet: UNetConfig, factor: int | None) -> None:
-    """Raise RequestError if a ControlNet is not for this UNet and an autoencoder of this factor, if known."""
+def check_fit(network: ControlNet | Adapter, unet: UNetConfig, factor: int | None) -> None:
+    """Raise RequestError if a network is not for this UNet and an autoencoder of this factor, if known."""
     own = network.config
-    for what, theirs, ours in (
-        ("text of width", own.context_dim, unet.context_dim),
-        ("a vector of width", own.vector_dim, unet.vector_dim),
+    facts = [
         ("levels of width", own.widths, unet.widths),
-        ("ResBlocks per level:", own.num_res_blocks, unet.num_res_blocks),
         ("pixels per latent pixel:", network.factor, factor or network.factor),
-    ):
+    ]
+    if isinstance(own, UNetConfig):
+        facts += [
+            ("text of width", own.context_dim, unet.context_dim),
+            ("a vector of width", own.vector_dim, unet.vector_dim),
+            ("ResBlocks per level:", own.num_res_blocks, unet.num_res_blocks),
+        ]
+    kind = "ControlNet" if isinstance(network, ControlNet) else "T2I-Adapter"
+    for what, theirs, ours in facts:
         if theirs != ours:
             raise RequestError(
-                f"the ControlNet is for another model: it has {what} {theirs}, the model {ours}; "
+                f"the {kind} is for another model: it has {what} {theirs}, the model {ours}; "
                 "use one made for this model"
             )
 
@@ -199,22 +215,24 @@ def to_hint(control: Control, width: int, height: int) -> Tensor:
 
 
 def scales(control: Control, count: int) -> tuple[float, ...]:
-    """How much each of `count` residuals counts, the middle block's last.
+    """How much each of `count` residuals or features counts, those of the deepest block last.
 
     In the soft modes weight * 0.825^(count - 1 - i): what the original code writes for 13 residuals (its
-    "guess mode"), counted from the middle for any number of them.
+    "guess mode"), counted from the middle for any number of them; for an adapter see `t2i_adapter.SOFT`.
     """
     if control.mode == "balanced":
         return (control.weight,) * count
+    if isinstance(control.network, Adapter):
+        return tuple(control.weight * soft for soft in t2i_adapter.SOFT)
     return tuple(control.weight * SOFT ** (count - 1 - i) for i in range(count))
 
 
 @dataclass(frozen=True, eq=False)
 class Controlled:
-    """A network under one or several controls, whose residuals add up; called like the network itself."""
+    """A network under one or several controls, which add up; called like the network itself."""
 
     network: Network
-    controls: Sequence[Prepared]
+    controls: Sequence[Prepared | PreparedAdapter]
 
     def __call__(
         self,
@@ -223,10 +241,15 @@ class Controlled:
         context: Tensor | None = None,
         y: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
+        adapter: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
-        """As `UNet.forward`; `control`: residuals of others, added too."""
-        found = [one.residuals(x, t, context, y) for one in self.controls]
-        if control is not None:
-            found.append([*control])
-        total = [reduce(torch.add, parts) for parts in zip(*found, strict=True)]
-        return self.network(x, t, context, y, total or None)
+        """As `UNet.forward`; `control` and `adapter`: those of others, added too."""
+        residuals = [] if control is None else [[*control]]
+        features = dict(adapter or {})
+        for one in self.controls:
+            if isinstance(one, Prepared):
+                residuals.append(one.residuals(x, t, context, y))
+            else:
+                features |= {i: f + features[i] if i in features else f for i, f in one.features.items()}
+        total = [reduce(torch.add, parts) for parts in zip(*residuals, strict=True)]
+        return self.network(x, t, context, y, total or None, features or None)

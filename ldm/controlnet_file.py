@@ -1,4 +1,4 @@
-"""ControlNet files: the original layout, alone or in a whole checkpoint, and that of diffusers."""
+"""ControlNet files: the original layout, alone or in a whole checkpoint, and diffusers'; T2I-Adapters."""
 
 import os
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ldm import t2i_adapter
 from ldm.checkpoint import build, named, shapes_of
 from ldm.controlnet import ControlNet, ControlNetConfig, check_fit
 from ldm.errors import CheckpointError, RequestError
@@ -16,6 +17,7 @@ from ldm.families.infer import Shapes, length, unet_config
 from ldm.formats import read
 from ldm.models import Models
 from ldm.rename import from_diffusers
+from ldm.t2i_adapter import Adapter
 
 CONTROL = "control_model."
 BUILT_IN: Mapping[str, Path] = MappingProxyType(
@@ -32,7 +34,6 @@ _MISTAKES = (
     (("lora_controlnet",), "this is a Control-LoRA, which ldm does not read; use a whole ControlNet"),
     (("lllite_",), "this is a ControlNet-LLLite, which ldm does not read; use a whole ControlNet"),
     (("task_embedding", "control_add_embedding"), "this is a ControlNet Union, which ldm does not read"),
-    (("body.0.block1.weight", "adapter.body."), "this is a T2I-Adapter, not a ControlNet"),
     (("model.diffusion_model.",), "this is a model without a ControlNet in it; it belongs to --ckpt"),
 )
 
@@ -43,8 +44,8 @@ def load_controlnet(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> ControlNet:
-    """Load a ControlNet for a model, from a file of any layout; names and shapes decide.
+) -> ControlNet | Adapter:
+    """Load a ControlNet or T2I-Adapter for a model, from a file of any layout; names and shapes decide.
 
     path: a .safetensors, .ckpt or .pth file, or a name in BUILT_IN.
     models: tells what no shape does, the number of attention heads.
@@ -55,17 +56,18 @@ def load_controlnet(
     """
     path = BUILT_IN.get(os.fspath(path), Path(path))
     weights = dict(read(path).tensors)
+    device = models.device if device is None else torch.device(device)
+    dtype = dtype or models.denoiser.dtype
     try:
-        weights = original_names(weights)
-        heads = models.unet.config
-        config = controlnet_config(shapes_of(weights), num_heads=heads.num_heads, head_dim=heads.head_dim)
-        network = build(
-            lambda: ControlNet(config),
-            weights,
-            "ControlNet",
-            models.device if device is None else torch.device(device),
-            dtype or models.denoiser.dtype,
-        )
+        if t2i_adapter.is_adapter(weights):
+            weights = t2i_adapter.original_names(weights)
+            shape = t2i_adapter.adapter_config(shapes_of(weights))
+            network = build(lambda: Adapter(shape), weights, "T2I-Adapter", device, dtype)
+        else:
+            weights = original_names(weights)
+            heads = models.unet.config
+            config = controlnet_config(shapes_of(weights), num_heads=heads.num_heads, head_dim=heads.head_dim)
+            network = build(lambda: ControlNet(config), weights, "ControlNet", device, dtype)
         check_fit(network, models.unet.config, None if models.vae is None else models.vae.config.factor)
     except (CheckpointError, RequestError) as error:
         raise named(path, CheckpointError(str(error))) from None

@@ -7,7 +7,7 @@ arXiv:2206.00364, section 3 and table 1).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -31,6 +31,7 @@ class Network(Protocol):
         context: Tensor | None = None,
         y: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
+        adapter: Mapping[int, Tensor] | None = None,
     ) -> Tensor: ...
 
 

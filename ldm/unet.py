@@ -11,7 +11,7 @@ E = 4 * model_channels width of the time embedding.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,12 +62,7 @@ SDXL_UNET = replace(
     SD2_UNET, channel_mult=(1, 2, 4), depth=(0, 2, 10), middle_depth=10, context_dim=2048, vector_dim=2816
 )
 SDXL_REFINER_UNET = replace(
-    SD2_UNET,
-    model_channels=384,
-    depth=(0, 4, 4, 0),
-    middle_depth=4,
-    context_dim=1280,
-    vector_dim=2560,
+    SD2_UNET, model_channels=384, depth=(0, 4, 4, 0), middle_depth=4, context_dim=1280, vector_dim=2560
 )
 X4_UPSCALER_UNET = replace(
     SD2_UNET,
@@ -386,6 +381,20 @@ class InputHalf(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         return emb if y is None else emb + self.label_emb(y)
 
+    def down(
+        self, x: Tensor, emb: Tensor, context: Tensor | None, added: Mapping[int, Tensor]
+    ) -> list[Tensor]:
+        """The outputs of all input blocks, and the middle block's last.
+
+        added: number of an input block -> features (B or 1, C, h, w) to add to its output.
+        """
+        h, outputs = x, []
+        for i, layers in enumerate(self.input_blocks):
+            h = layers(h, emb, context, h.shape[2:])
+            h = h + added[i] if i in added else h
+            outputs.append(h)
+        return [*outputs, self.middle_block(h, emb, context, h.shape[2:])]
+
 
 class UNet(InputHalf):
     """Predicts eps or v from a noisy latent, its noise level and the conditioning."""
@@ -406,9 +415,7 @@ class UNet(InputHalf):
                 self.output_blocks.append(layers)
 
         self.out = nn.Sequential(
-            nn.GroupNorm(32, channels),
-            nn.SiLU(),
-            nn.Conv2d(channels, config.out_channels, 3, padding=1),
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, config.out_channels, 3, padding=1)
         )
 
     def forward(
@@ -418,6 +425,7 @@ class UNet(InputHalf):
         context: Tensor | None = None,
         y: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
+        adapter: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
         """Predict eps or v.
 
@@ -426,19 +434,15 @@ class UNet(InputHalf):
         context: (B, N, context_dim) text features; None only for a UNet without context.
         y: (B, vector_dim) vector conditioning, or (B,) int64 classes, for a UNet that has them.
         control: residuals of a ControlNet, one for each input block, then one for the middle block.
+        adapter: features of a T2I-Adapter, see `down`.
         Returns (B, out_channels, h, w) in the dtype of x.
         Raises ValueError if context or y is missing or given in vain.
         """
-        emb = self.embedding(x, t, context, y)  # (B, E)
-        h = x
-        skips: list[Tensor] = []
-        for layers in self.input_blocks:
-            h = layers(h, emb, context, h.shape[2:])
-            skips.append(h)
-        h = self.middle_block(h, emb, context, h.shape[2:])
+        emb = self.embedding(x, t, context, y)
+        outputs = self.down(x, emb, context, adapter or {})
         if control is not None:
-            h = h + control[-1]
-            skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]
+            outputs = [output + residual for output, residual in zip(outputs, control, strict=True)]
+        *skips, h = outputs
         for layers in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             h = layers(h, emb, context, (skips[-1] if skips else h).shape[2:])

@@ -108,6 +108,7 @@ def test_equals_diffusers_from_its_own_file(family: str, size: tuple[int, int, i
     write_safetensors(tmp_path / "control.safetensors", peer.state_dict())
     denoiser = replace(tiny("sd1").denoiser, network=UNet(config))
     network = load_controlnet(tmp_path / "control.safetensors", replace(tiny("sd1"), denoiser=denoiser))
+    assert isinstance(network, ControlNet)
 
     batch, height, width = size
     x, context = torch.randn(batch, 4, height, width), torch.randn(batch, 5, 16)
@@ -240,7 +241,9 @@ def test_hints_of_any_size_are_made_to_fit():
     assert hint_of(wide, 64, 64).mean() == 1  # "crop" cuts it off
     assert hint_of(wide, 64, 64, resize="resize").mean() == pytest.approx(0.75, abs=0.01)
     control = Control(controlnet(TINY), wide)
-    assert prepared(control, TINY, width=64, height=48, factor=8).features.shape == (1, 32, 6, 8)
+    ready = prepared(control, TINY, width=64, height=48, factor=8)
+    assert isinstance(ready, Prepared)
+    assert ready.features.shape == (1, 32, 6, 8)
 
 
 def test_a_picture_is_fitted_before_it_is_turned_into_a_hint():

@@ -34,6 +34,7 @@ class Ideal:
         context: Tensor | None = None,
         y: Tensor | None = None,
         control: object = None,
+        adapter: object = None,
     ) -> Tensor:
         self.t = t
         abar = 1 / (1 + SCHEDULE.sigma(float(t[0])) ** 2)
@@ -59,6 +60,7 @@ class Watched:
         context: Tensor | None = None,
         y: Tensor | None = None,
         control: object = None,
+        adapter: object = None,
     ) -> Tensor:
         self.inputs.append(x)
         return self.answer(x)

@@ -25,6 +25,7 @@ class Watched:
         context: Tensor | None = None,
         y: Tensor | None = None,
         control: object = None,
+        adapter: object = None,
     ) -> Tensor:
         self.batches.append(len(x))
         assert context is not None

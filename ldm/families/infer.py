@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @contextmanager
-def _reading(part: str) -> Iterator[None]:
+def reading(part: str) -> Iterator[None]:
     """Turn what goes wrong with the shapes of strange files into a CheckpointError."""
     try:
         yield
@@ -41,7 +41,7 @@ def unet_config(shapes: Shapes, *, num_heads: int | None, head_dim: int | None) 
 
     Raises CheckpointError if the names make no UNet.
     """
-    with _reading("UNet"):
+    with reading("UNet"):
         model_channels, in_channels = shapes["input_blocks.0.0.weight"][:2]
         out_channels = shapes["out.2.weight"][0]
         widths: list[int] = []  # of each level
@@ -100,7 +100,7 @@ def vae_config(shapes: Shapes, *, scale: float) -> VAEConfig:
 
     Raises CheckpointError if the names make no autoencoder.
     """
-    with _reading("autoencoder"):
+    with reading("autoencoder"):
         ch, in_channels = shapes["encoder.conv_in.weight"][:2]
         # There is at least one level: the error of its absence says what is missing.
         levels = range(max(1, length(shapes, "encoder.down.{}.block.0.conv1.weight")))
@@ -121,7 +121,7 @@ def vae_config(shapes: Shapes, *, scale: float) -> VAEConfig:
 
 def clip_config(shapes: Shapes, *, quick_gelu: bool) -> ClipTextConfig:
     """The configuration of a CLIP text encoder from shapes in Hugging Face's layout."""
-    with _reading("text encoder"):
+    with reading("text encoder"):
         vocab_size, width = shapes["text_model.embeddings.token_embedding.weight"]
         projection = shapes.get("text_projection.weight")
         return ClipTextConfig(
@@ -137,7 +137,7 @@ def clip_config(shapes: Shapes, *, quick_gelu: bool) -> ClipTextConfig:
 
 def bert_config(shapes: Shapes) -> BertConfig:
     """The configuration of the BERT-style encoder of text2image-large."""
-    with _reading("text encoder"):
+    with reading("text encoder"):
         vocab_size, width = shapes["transformer.token_emb.weight"]
         return BertConfig(
             width=width,

@@ -58,7 +58,9 @@ def pair(folder: Path, family: str, seed: int = 1) -> tuple[ControlNet, Any]:
     """The same ControlNet twice, ours having read a file of diffusers' weights."""
     peer = peer_controlnet(tiny(family).unet.config, seed)
     write_safetensors(folder / f"{seed}.safetensors", peer.state_dict())
-    return load_controlnet(folder / f"{seed}.safetensors", tiny(family)), peer
+    ours = load_controlnet(folder / f"{seed}.safetensors", tiny(family))
+    assert isinstance(ours, ControlNet)
+    return ours, peer
 
 
 PIPELINES = {"sd1": "StableDiffusionControlNetPipeline", "sdxl": "StableDiffusionXLControlNetPipeline"}
