@@ -1,4 +1,4 @@
-"""The autoencoder for large pictures: the same result, a quarter of the memory.
+"""The autoencoder for large pictures: the same result, a third of the memory.
 
 An autoencoder cannot be cut into tiles as a plain convolutional network can. Its group norms divide by the
 standard deviation of the *whole* picture, so a tile with its own statistics comes out in other colours; and
