@@ -41,6 +41,7 @@ def sample(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Iter
     run at a time on the same `models`.
     """
     run = plan(models, request, inputs)
+    upscaler = hires.load(models, run)  # now, as a mistyped name shall not cost a whole pass
     with texture(models, run):
         latents = given(models, run)
     step = None
@@ -48,7 +49,7 @@ def sample(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Iter
         yield step
     if run.second is not None and step is not None:
         with texture(models, run):
-            latents = hires.larger_latents(models, run, step.x)
+            latents = hires.larger_latents(models, run, step.x, upscaler)
         for following in descend(models, run.second, latents):
             yield following._replace(index=step.index + 1 + following.index)
 
@@ -156,16 +157,20 @@ def given(models: Models, run: Plan) -> Tensor | None:
 
 def picture(models: Models, run: Plan, i: int, latent: Tensor) -> Image.Image:
     """Decode the finished latent (C, h, w) of picture i of a run and write its settings into it."""
-    text = infotext(run.settled, models, run.networks.hashes, dict(run.inputs.fields()), place=i)
     with texture(models, run):
         if run.request.hires and run.second is None:
-            image = hires.larger_picture(models, run, latent)
+            image = hires.larger_picture(models, run, latent, hires.load(models, run))
         else:
             image = to_pil(decode(models, latent.unsqueeze(0))[0], truncate=run.request.compat.truncate_8bit)
         changes = change(models, run, latent)
     if run.canvas is not None:
         image = run.canvas.finished(image, changes)
-    return with_text(image, text)
+    return with_text(image, described(models, run, i))
+
+
+def described(models: Models, run: Plan, place: int = 0) -> str:
+    """The settings of the picture at a place of the batch, as it carries them."""
+    return infotext(run.settled, models, run.networks.hashes, dict(run.inputs.fields()), place=place)
 
 
 def change(models: Models, run: Plan, latent: Tensor) -> Tensor | None:

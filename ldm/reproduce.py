@@ -24,11 +24,11 @@ from ldm.families import ClipPart
 from ldm.files import sha256
 from ldm.formats.mapped import printable
 from ldm.images import read_text
-from ldm.infotext import Infotext, infotext, parse
+from ldm.infotext import Infotext, parse
 from ldm.inputs import NO_INPUTS, Inputs
 from ldm.library import Library, files
 from ldm.models import Models
-from ldm.pipeline import picture, sample
+from ldm.pipeline import described, picture, sample
 from ldm.planning import plan
 from ldm.request import Request
 from ldm.text.prompt import tags
@@ -111,8 +111,7 @@ def prepare(
     if request.edit is not None and inputs.picture is None:
         raise LdmError("this picture was drawn from another one; give that, too (inputs=, or img2img.py)")
     run = plan(models, request, inputs)
-    text = infotext(run.settled, models, run.networks.hashes, dict(inputs.fields()), place=place)
-    notes += _differences(info, parse(text))
+    notes += _differences(info, parse(described(models, run, place)))
     return Replay(models, request, place, tuple(printable(note, 200) for note in notes), inputs)
 
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag a
     from PIL.Image import Image
 
     from ldm import Models
-    from ldm.cells import Layout
     from ldm.cli import Output
     from ldm.inputs import Inputs
+    from ldm.sheets.cells import Layout
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,8 +104,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def layout(a: argparse.Namespace) -> Layout:
     """What to draw. Raises LdmError if a value makes no sense for any model."""
     from ldm import styles
-    from ldm.prompt_matrix import matrix
-    from ldm.xyz import NOTHING, chosen, plot
+    from ldm.sheets.matrix import matrix
+    from ldm.sheets.xyz import NOTHING, chosen, plot
 
     # A style belongs to the finished prompt, not to one of its parts.
     names, unstyled = a.style, argparse.Namespace(**(vars(a) | {"style": []}))
@@ -128,10 +128,11 @@ def layout(a: argparse.Namespace) -> Layout:
 
 def draw(a: argparse.Namespace) -> int:
     """Check every value, then load, draw and save. Returns the exit code."""
-    from ldm import cells, cli
-    from ldm.axes import AXES
+    from ldm import cli
     from ldm.images import ENDINGS, read_picture
     from ldm.inputs import Inputs
+    from ldm.sheets import cells
+    from ldm.sheets.axes import AXES
 
     if a.axes:
         print("\n".join(AXES))
@@ -168,8 +169,8 @@ def draw(a: argparse.Namespace) -> int:
 def contacts(a: argparse.Namespace, output: Output) -> int:
     """A sheet of pictures that exist."""
     from ldm import cli
-    from ldm.contact_sheet import contact_sheet
     from ldm.formats.mapped import printable
+    from ldm.sheets.contact import contact_sheet
 
     paths = flags.pictures(a.sheet)
     output.prepare(1)

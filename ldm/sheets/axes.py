@@ -13,11 +13,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ldm import samplers
-from ldm.axis_values import floats, integers, permutations, texts
-from ldm.cells import Cell
 from ldm.compat import profile
 from ldm.errors import RequestError
 from ldm.formats.mapped import printable
+from ldm.sheets.cells import Cell
+from ldm.sheets.values import floats, integers, permutations, texts
 from ldm.spacings import plain
 
 Read = Callable[[str], Sequence[Any]]

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from ldm import RequestError
-from ldm.axis_values import MAX_VALUES, floats, integers, permutations, texts
+from ldm.sheets.values import MAX_VALUES, floats, integers, permutations, texts
 
 
 @pytest.mark.parametrize(

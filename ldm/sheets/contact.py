@@ -6,9 +6,9 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.grids import Label, Title, notice, sheet, shrunk
 from ldm.images import opaque, read_picture, read_text
 from ldm.infotext import parse
+from ldm.sheets.titles import Label, Title, notice, sheet, shrunk
 
 
 def contact_sheet(

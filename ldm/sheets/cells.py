@@ -18,15 +18,14 @@ from tqdm import tqdm
 from ldm.checkpoint import load_vae
 from ldm.errors import CheckpointError, LdmError, RequestError
 from ldm.files import remove_unfinished
-from ldm.grids import Title, notice, sheet, shrunk
 from ldm.images import MAX_PIXELS, opaque, read_picture, read_text, save, with_text
-from ldm.infotext import infotext
 from ldm.inputs import Inputs
 from ldm.interrupts import patient
 from ldm.models import Models
-from ldm.pipeline import picture, sample
+from ldm.pipeline import described, picture, sample
 from ldm.planning import Plan, plan
 from ldm.request import Request
+from ldm.sheets.titles import Title, notice, sheet, shrunk
 
 MAX_CELLS = 10_000  # of one layout
 
@@ -97,7 +96,7 @@ def draw(
 
 def fingerprint(models: Models, run: Plan) -> str:
     """16 hexadecimal digits that stand for the settings of a picture and the files that make it."""
-    text = infotext(run.settled, models, run.networks.hashes, dict(run.inputs.fields()))
+    text = described(models, run)
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from ldm import LdmError, RequestError
-from ldm.contact_sheet import contact_sheet
-from ldm.grids import SMALLEST, Label, Title, check_size, notice, sheet, shrunk
 from ldm.images import save, with_text
+from ldm.sheets.contact import contact_sheet
+from ldm.sheets.titles import SMALLEST, Label, Title, check_size, notice, sheet, shrunk
 
 WORDS = "a photograph of an astronaut riding a horse on the moon, highly detailed, 8k"
 FILE_NAME = "v1-5-pruned-emaonly-fp16_with_a_name_that_never_ends.safetensors"

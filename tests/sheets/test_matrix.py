@@ -3,8 +3,8 @@
 import pytest
 
 from ldm import Request, RequestError
-from ldm.cells import Cell, Layout
-from ldm.prompt_matrix import combinations, matrix
+from ldm.sheets.cells import Cell, Layout
+from ldm.sheets.matrix import combinations, matrix
 from ldm.styles import Style
 
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 import ldm
 from ldm import LdmError, Request, RequestError
-from ldm.cells import Cell, Layout, assembled, draw, with_vae
 from ldm.edit import Edit
-from ldm.grids import Label
 from ldm.images import read_text, with_text
 from ldm.inputs import NO_INPUTS, Inputs
+from ldm.sheets.cells import Cell, Layout, assembled, draw, with_vae
+from ldm.sheets.titles import Label
+from ldm.sheets.xyz import NOTHING, chosen, plot
 from ldm.vae import AutoencoderKL, VAEConfig
-from ldm.xyz import NOTHING, chosen, plot
 from tests.tiny_families import tiny
 
 BASE = Request(prompt="a cat", width=32, height=32, steps=2, seed=1)
@@ -214,7 +214,7 @@ def test_all_cells_are_given_the_pictures(tmp_path: Path):
 
 
 def test_large_pictures_are_smaller_on_the_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ldm.cells.MAX_PIXELS", 1_000_000)
+    monkeypatch.setattr("ldm.sheets.cells.MAX_PIXELS", 1_000_000)
     with_text(Image.effect_noise((500, 400), 50), "a cat\nSteps: 2, Seed: 1, Size: 500x400").save(
         tmp_path / "large.png"
     )

@@ -14,13 +14,13 @@ from types import MappingProxyType
 from typing import Any
 
 from ldm import library, styles
-from ldm.axes import AXES, Axis, axis
-from ldm.cells import MAX_CELLS, Cell, Layout
 from ldm.checkpoint import DEFAULT_MODEL
 from ldm.errors import LdmError, RequestError
 from ldm.formats.mapped import printable
-from ldm.grids import Label, Title
 from ldm.request import Request
+from ldm.sheets.axes import AXES, Axis, axis
+from ldm.sheets.cells import MAX_CELLS, Cell, Layout
+from ldm.sheets.titles import Label, Title
 
 
 @dataclass(frozen=True)

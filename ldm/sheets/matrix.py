@@ -9,10 +9,10 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ldm import styles
-from ldm.cells import MAX_CELLS, Cell, Layout
 from ldm.errors import RequestError
-from ldm.grids import Label, Title
 from ldm.request import Request
+from ldm.sheets.cells import MAX_CELLS, Cell, Layout
+from ldm.sheets.titles import Label, Title
 from ldm.styles import Style
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from ldm import LdmError, Request, RequestError
-from ldm.axes import ABSENT, AXES, axis
-from ldm.cells import Cell, Layout
 from ldm.checkpoint import DEFAULT_MODEL
 from ldm.edit import Edit, Hires
+from ldm.sheets.axes import ABSENT, AXES, axis
+from ldm.sheets.cells import Cell, Layout
+from ldm.sheets.xyz import NOTHING, chosen, find, plot
 from ldm.styles import Style
-from ldm.xyz import NOTHING, chosen, find, plot
 
 BASE = Request(prompt="a red cat on a red mat", negative_prompt="a blue dog", seed=3)
 
