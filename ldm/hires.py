@@ -11,7 +11,7 @@ from ldm.images import to_pil
 from ldm.latents import decode, encode
 from ldm.models import Models
 from ldm.planning import Plan, autoencoder
-from ldm.upscalers import enlarged, upscaler_named
+from ldm.upscalers import Upscaler, enlarged, upscaler_named
 
 LATENT_MODES: Mapping[str, tuple[str, bool]] = MappingProxyType(
     {
@@ -26,14 +26,22 @@ LATENT_MODES: Mapping[str, tuple[str, bool]] = MappingProxyType(
 """Upscalers that work on the latent: (mode of torch's interpolate, antialiased)."""
 
 
-def larger_latents(models: Models, run: Plan, latents: Tensor) -> Tensor:
-    """Finished latents (B, C, h, w) at the size of the second pass.
+def load(models: Models, run: Plan) -> Upscaler | None:
+    """What enlarges the pictures between two passes; None: there is no second one, or it starts from latents.
 
     Raises LdmError if there is no such upscaler.
     """
+    hires = run.request.hires
+    if hires is None or hires.upscaler in LATENT_MODES:
+        return None
+    return upscaler_named(hires.upscaler, models.library, device=models.device)
+
+
+def larger_latents(models: Models, run: Plan, latents: Tensor, upscaler: Upscaler | None) -> Tensor:
+    """Finished latents (B, C, h, w) at the size of the second pass. upscaler: see `load`."""
     assert run.request.hires is not None
-    if run.request.hires.upscaler not in LATENT_MODES:
-        return encode(models, [larger_picture(models, run, latent) for latent in latents])
+    if upscaler is not None:
+        return encode(models, [larger_picture(models, run, latent, upscaler) for latent in latents])
     mode, antialias = LATENT_MODES[run.request.hires.upscaler]
     factor = autoencoder(models).config.factor
     width, height = (side // factor for side in run.request.hires.target(run.width, run.height, factor))
@@ -43,18 +51,17 @@ def larger_latents(models: Models, run: Plan, latents: Tensor) -> Tensor:
     return latents[:, :, top : top + h, left : left + w]
 
 
-def larger_picture(models: Models, run: Plan, latent: Tensor) -> Image.Image:
-    """A finished latent (C, h, w) as a picture of the size of the second pass."""
+def larger_picture(models: Models, run: Plan, latent: Tensor, upscaler: Upscaler | None) -> Image.Image:
+    """A finished latent (C, h, w) as a picture of the size of the second pass. upscaler: see `load`."""
     hires = run.request.hires
     assert hires is not None
-    if hires.upscaler in LATENT_MODES:
-        latent = larger_latents(models, run, latent.unsqueeze(0))[0]
+    if upscaler is None:
+        latent = larger_latents(models, run, latent.unsqueeze(0), None)[0]
     image = to_pil(decode(models, latent.unsqueeze(0))[0], truncate=run.request.compat.truncate_8bit)
-    if hires.upscaler in LATENT_MODES:
+    if upscaler is None:
         return image
     factor = autoencoder(models).config.factor
     width, height = hires.target(run.width, run.height, factor)
-    upscaler = upscaler_named(hires.upscaler, models.library, device=models.device)
     image = enlarged(image, upscaler, width, height)
     w, h = hires.size(run.width, run.height, factor)
     left, top = (width - w) // 2, (height - h) // 2
