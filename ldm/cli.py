@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
+from ldm import journal
 from ldm.errors import LdmError, RequestError
 from ldm.files import remove_unfinished
-from ldm.images import ENDINGS, save, save_numbered
+from ldm.images import ENDINGS, numbered, save, save_numbered
 from ldm.inputs import Inputs
 from ldm.interrupts import patient
 from ldm.models import Models
@@ -38,6 +40,7 @@ class Output:
 
     path: Path
     overwrite: bool = False  # whether a file may be replaced; in a folder, nothing ever is
+    first: int | None = None  # of a run that goes on after its end, see `going_on`: the number of its start
 
     def prepare(self, pictures: int) -> None:
         """Make the folder. Raises RequestError if that many pictures cannot be saved."""
@@ -56,10 +59,31 @@ class Output:
             raise RequestError(f"the folder {folder} is not writable")
         remove_unfinished(folder)
 
-    def save(self, image: Image, name: str) -> None:
-        """Save a picture and print its path. name: what follows the number in a folder."""
-        path = self.path
+    @contextmanager
+    def going_on(self, facts: Mapping[str, str]) -> Iterator["Output"]:
+        """The same folder for a run that may have begun there before: its pictures have fixed numbers.
+
+        Raises RequestError as `journal.going_on` does, and for a single file.
+        """
         if self._is_file:
+            raise RequestError("a run that goes on needs a folder; give one with --out")
+        with journal.going_on(self.path, facts) as first:
+            yield replace(self, first=first)
+
+    def has(self, name: str, place: int) -> bool:
+        """Whether a picture was saved before the run went on. Arguments as of `save`."""
+        return self.first is not None and numbered(self.path, self.first + place, name).exists()
+
+    def save(self, image: Image, name: str, place: int = 0) -> None:
+        """Save a picture and print its path.
+
+        name: what follows the number in a folder. place: of the picture in its run.
+        """
+        path = self.path
+        if self.first is not None:
+            path = numbered(path, self.first + place, name)
+            save(image, path)
+        elif self._is_file:
             save(image, path, overwrite=self.overwrite)
         else:
             path = save_numbered(image, path, name)
@@ -78,32 +102,50 @@ class Job:
     request: Request
     inputs: Callable[[], Inputs] = Inputs  # reads the given pictures when their turn comes
     name: str = ""  # for people: of the given picture, say
+    place: int = 0  # of the job's first picture among those of the run; `draw` counts
 
     def __str__(self) -> str:
         return self.name or repr(self.request.prompt[:40])
 
 
-def draw(models: Models, jobs: Sequence[Job], save: Callable[[Image, Job], None]) -> Exit:
+def draw(
+    models: Models,
+    jobs: Sequence[Job],
+    save: Callable[[Image, Job], None],
+    *,
+    has: Callable[[Job], bool] | None = None,
+) -> Exit:
     """Draw, under a progress bar.
 
     save: gets each picture as soon as it is finished, with the job that makes it alone.
+    has: tells of such a job whether its picture is there already; a batch whose pictures all are is passed
+        over. None: no run came before.
     Of several jobs, one that fails is reported and the others go on. Ctrl-C ends the run after the step or
     the picture at hand. Raises LdmError if a single job does not fit the model, OSError as `save` does.
     """
     if len(jobs) > 1 and not jobs[0].name:  # what is wrong with all of them is told once
         plan(models, replace(jobs[0].request, prompt="", negative_prompt=""), jobs[0].inputs())
     print(f"{models.name}: {models.describe()}", file=sys.stderr)
-    total, done, failed = sum(job.request.batch_size for job in jobs), 0, False
+    todo = _missing(jobs, has or (lambda job: False))
+    total = sum(job.request.batch_size for job in jobs)
+    done, failed = total - sum(len(missing) for _, missing in todo), False
+    if done:
+        print(f"{done} of {total} pictures are there already", file=sys.stderr)
     seed = jobs[0].request.seed  # of the next picture
+
+    def reached() -> str:
+        how = f"the next has seed {seed}" if has is None else "the same command goes on from there"
+        return f"{done} of {total} pictures are done, {how}"
+
     with patient() as asked, tqdm(total=0, unit="step", dynamic_ncols=True, delay=0.01) as bar:
-        for i, job in enumerate(jobs):
+        for i, (job, missing) in enumerate(todo):
             seed = job.request.seed
             try:
                 latents = None
                 inputs = job.inputs()
                 run = plan(models, job.request, inputs)  # each prompt may name other files
                 begin = bar.n
-                bar.total = begin + run.steps_made * (len(jobs) - i)  # the others will be like this one
+                bar.total = begin + run.steps_made * (len(todo) - i)  # the others will be like this one
                 if i == 0 and run.strength is not None:
                     made = len(run.sigmas) - 1
                     bar.write(f"strength {run.strength:g} makes {made} of {run.steps} steps", file=sys.stderr)
@@ -114,28 +156,58 @@ def draw(models: Models, jobs: Sequence[Job], save: Callable[[Image, Job], None]
                         raise KeyboardInterrupt
                 assert latents is not None
                 bar.update(begin + run.steps_made - bar.n)  # some samplers choose their number of steps
-                for place, latent in enumerate(latents):
-                    one = replace(job, request=job.request.single(place))
-                    save(picture(models, run, place, latent), one)
+                for one in missing:
+                    place = one.place - job.place
+                    save(picture(models, run, place, latents[place]), one)
                     done += 1
                     seed = one.request.seed + 1
                     if asked():
                         raise KeyboardInterrupt
-            except LdmError as error:
+            except (LdmError, RuntimeError, MemoryError) as error:  # the last two: out of memory
                 if len(jobs) == 1:
                     raise
                 failed = True
-                bar.write(f"{job}: {error}", file=sys.stderr)
+                bar.write(f"{job}: {_told(error)}", file=sys.stderr)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror or error}; {reached()}") from error
             except KeyboardInterrupt:
                 bar.close()
-                print(
-                    f"stopped; {done} of {total} pictures are done, the next has seed {seed}", file=sys.stderr
-                )
+                print(f"stopped; {reached()}", file=sys.stderr)
                 return Exit.STOPPED
     if failed:
         print(f"{done} of {total} pictures are done", file=sys.stderr)
         return Exit.FAILED if done else Exit.USAGE
     return Exit.DONE
+
+
+def facts(models: Models, jobs: Sequence[Job], inputs: Inputs) -> dict[str, str]:
+    """What decides the pictures of a run, for `Output.going_on`. inputs: what all jobs share."""
+    made_of = [
+        (one.hash, one.vae_hash, one.ema, one.denoiser.prediction, one.denoiser.dtype, one.device.type)
+        for one in (models, models.refiner)
+        if one is not None
+    ]
+    return {
+        "number of pictures": str(sum(job.request.batch_size for job in jobs)),
+        "prompt or setting": journal.digest([(job.request, job.name) for job in jobs]),
+        "model or device": journal.digest(made_of),
+        "hint": journal.digest(list(inputs.fields())),
+    }
+
+
+def _missing(jobs: Sequence[Job], has: Callable[[Job], bool]) -> list[tuple[Job, list[Job]]]:
+    """The jobs that are not yet done, each with the jobs for its single pictures that are not there."""
+    todo, place = [], 0
+    for job in jobs:
+        job = replace(job, place=place)
+        singles = [
+            replace(job, request=job.request.single(i), place=place + i)
+            for i in range(job.request.batch_size)
+        ]
+        place += len(singles)
+        if missing := [one for one in singles if not has(one)]:
+            todo.append((job, missing))
+    return todo
 
 
 def device(name: str) -> torch.device:
@@ -159,19 +231,23 @@ def report(program: str, error: Exception) -> Exit:
     """Say in one line on stderr what ended a program; return the exit code for it."""
     match error:
         case LdmError():
-            text, code = str(error), Exit.USAGE
+            code = Exit.USAGE
         case OSError():
-            text, code = str(error), Exit.DISK
-        case _ if _out_of_memory(error):
-            text, code = (
-                "out of memory; try a smaller picture, --batch-size 1 or --dtype float16",
-                Exit.FAILED,
-            )
+            code = Exit.DISK
         case _:
-            first = str(error).strip().partition("\n")[0]
-            text, code = f"{type(error).__name__}: {first} (--debug shows where)", Exit.FAILED
-    print(f"{program}: {text}", file=sys.stderr)
+            code = Exit.FAILED
+    print(f"{program}: {_told(error)}", file=sys.stderr)
     return code
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, LdmError | OSError):
+        return str(error)
+    if _out_of_memory(error):
+        return "out of memory; try a smaller picture, --batch-size 1 or --dtype float16"
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
 def _out_of_memory(error: Exception) -> bool:

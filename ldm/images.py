@@ -284,17 +284,26 @@ def save_numbered(image: Image.Image, folder: str | os.PathLike[str], name: str)
     makes at the same moment is never replaced: its number is skipped.
     """
     data = _encoded(image, "PNG")
-    folder = Path(folder)
-    taken = (re.match(r"\d{5,}(?=-)", path.name) for path in folder.iterdir())
-    number = max((int(match[0]) for match in taken if match), default=-1) + 1
+    number = next_number(folder)
     while True:
-        path = folder / f"{number:05d}-{name}.png"
+        path = numbered(folder, number, name)
         try:
             with atomic_write(path) as file:
                 file.write(data)
             return path
         except LdmError:  # the name was taken meanwhile
             number += 1
+
+
+def next_number(folder: str | os.PathLike[str]) -> int:
+    """The number of the next picture of a folder."""
+    taken = (re.match(r"\d{5,}(?=-)", path.name) for path in Path(folder).iterdir())
+    return max((int(match[0]) for match in taken if match), default=-1) + 1
+
+
+def numbered(folder: str | os.PathLike[str], number: int, name: str) -> Path:
+    """The path of a picture in a folder of numbered ones."""
+    return Path(folder) / f"{number:05d}-{name}.png"
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

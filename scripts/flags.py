@@ -134,6 +134,14 @@ def add_output(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return files
 
 
+def add_resume(files: argparse._ArgumentGroup) -> None:
+    files.add_argument(
+        "--resume",
+        action="store_true",
+        help="for long runs: the same command goes on where it was ended, see docs/reliability.md",
+    )
+
+
 def add_second_pass(p: argparse.ArgumentParser) -> None:
     """A larger second pass."""
     hires = p.add_argument_group("a second pass, larger (hires fix), see docs/hires.md")

@@ -41,10 +41,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_noise(p)
     flags.add_model(p)
     flags.add_sampling(p)
-    flags.add_output(p)
+    flags.add_resume(flags.add_output(p))
     a = p.parse_args(argv)
     if a.from_picture and a.picture.is_dir():
         p.error("--from-picture needs the one picture that it was drawn from, not a folder")
+    if a.from_picture and a.resume:
+        p.error("--resume is for runs of many pictures, without --from-picture")
     return a
 
 
@@ -76,10 +78,17 @@ def run(a: argparse.Namespace) -> int:
         jobs = [cli.Job(found.request, lambda: found.inputs, a.picture.stem)]
         wanted = found.request.single(found.place)
 
+    def name(job: Job) -> str:
+        return f"{job.request.seed}-{job.name}" if len(jobs) > 1 else str(job.request.seed)
+
     def save(image: Image, job: Job) -> None:
         if wanted in (None, job.request):
-            output.save(image, f"{job.request.seed}-{job.name}" if len(jobs) > 1 else str(job.request.seed))
+            output.save(image, name(job), job.place)
 
+    if a.resume:
+        shared = ldm.Inputs(depth=depth, controls=controls)
+        with output.going_on(cli.facts(models, jobs, shared)) as output:
+            return cli.draw(models, jobs, save, has=lambda job: output.has(name(job), job.place))
     return cli.draw(models, jobs, save)
 
 

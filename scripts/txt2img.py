@@ -60,6 +60,7 @@ def parser() -> flags.Parser:
         "--no-grid", "--skip-grid", action="store_true", help=f"no sheet of all pictures (up to {MAX_GRID})"
     )
     files.add_argument("--skip-save", action="store_true", help="save only the sheet")
+    flags.add_resume(files)
 
     old = p.add_argument_group(
         "flags of the original script",
@@ -91,6 +92,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     sources = (a.positional, a.prompt, a.from_file, a.from_picture)
     if sum(source is not None for source in sources) != 1:
         p.error("give one prompt, a file of prompts with --from-file, or a picture with --from-picture")
+    if a.resume and (a.from_picture or a.skip_save):
+        p.error("--resume is for runs that save many pictures, without --from-picture and --skip-save")
     a.prompt = a.positional if a.prompt is None else a.prompt
 
     if a.plms:
@@ -183,11 +186,15 @@ def draw(a: argparse.Namespace) -> int:
         if wanted not in (None, job.request):
             return
         if not a.skip_save:
-            output.save(image, str(job.request.seed))
-        if 1 < pictures <= MAX_GRID and not a.no_grid:
+            output.save(image, str(job.request.seed), job.place)
+        if 1 < pictures <= MAX_GRID and not (a.no_grid or a.resume):
             sheet.append(image)
 
-    code = cli.draw(models, [cli.Job(request, lambda: inputs) for request in todo], save)
+    jobs = [cli.Job(request, lambda: inputs) for request in todo]
+    if a.resume:
+        with output.going_on(cli.facts(models, jobs, inputs)) as output:
+            return cli.draw(models, jobs, save, has=lambda job: output.has(str(job.request.seed), job.place))
+    code = cli.draw(models, jobs, save)
     if sheet and code is not cli.Exit.STOPPED:
         output.save(grid(sheet, a.n_rows), "grid")
     return code

@@ -1,0 +1,126 @@
+"""Promise 18: a run of many pictures, ended as often as you like, leaves the files of one that was not."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scripts.img2img import main as img2img
+from scripts.txt2img import main as txt2img
+from tests.reliability.runs import SMALL, contents, start
+from tests.tiny_families import tiny
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    tiny("class-f8").save(path)
+    return path
+
+
+def test_a_run_killed_twenty_times_leaves_the_files_of_one_that_was_not(checkpoint: Path, tmp_path: Path):
+    words = ["7", "--ckpt", str(checkpoint), *SMALL, "--n-iter", "40", "--resume", "--out"]
+    begin = time.monotonic()
+    whole = start("txt2img", [*words, str(tmp_path / "whole")], tmp_path / "whole.log")
+    whole.join(60)
+    assert whole.exitcode == 0
+    took = time.monotonic() - begin
+
+    rng, out, log = random.Random(0), tmp_path / "out", tmp_path / "killed.log"
+    for _ in range(KILLS):
+        run = start("txt2img", [*words, str(out)], log)
+        run.join(rng.uniform(0.3, 0.5) * took)
+        run.kill()
+        run.join()
+        for path in out.glob("*.png"):
+            Image.open(path).load()
+    last = start("txt2img", [*words, str(out)], log)
+    last.join(60)
+    assert last.exitcode == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    assert len(contents(out)) == 41  # with the record of the run
+    assert not list(out.glob(".*"))  # what killed writers left was removed
+    drawn = [line for line in log.read_text().splitlines() if line.endswith(".png")]
+    assert len(drawn) == len(set(drawn))  # nothing was done twice
+
+
+def test_a_run_with_another_argument_is_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["7", "--ckpt", str(checkpoint), *SMALL, "--resume", "--out", str(tmp_path / "out"), "--n-iter"]
+    assert txt2img([*words, "2"]) == 0
+    before = contents(tmp_path / "out")
+    other = tmp_path / "other.safetensors"
+    tiny("class-f8").save(other, metadata={"a": "b"})
+    for changed, named in (
+        ([*words, "3"], "another number of pictures"),
+        ([*words, "2", "--seed", "1"], "another prompt or setting"),
+        (["8", *words[1:], "2"], "another prompt or setting"),
+        ([*words, "2", "--ckpt", str(other)], "another model or device"),
+    ):
+        capsys.readouterr()
+        assert txt2img(changed) == 2
+        assert named in capsys.readouterr().err.splitlines()[-1]
+    assert contents(tmp_path / "out") == before
+    capsys.readouterr()
+    assert txt2img([*words, "2"]) == 0  # the same once more does nothing
+    assert "2 of 2 pictures are there already" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / "run.json").write_text("[" * 100_000)
+    assert txt2img([*words, "2"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_run_begins_behind_the_pictures_that_are_there_and_fills_gaps_of_batches(
+    checkpoint: Path, tmp_path: Path
+):
+    out = tmp_path / "out"
+    words = ["7", "--ckpt", str(checkpoint), *SMALL, "--out", str(out), "--batch-size", "2", "--n-iter", "2"]
+    assert txt2img([*words, "--no-grid"]) == 0
+    assert txt2img([*words, "--resume"]) == 0
+    whole = contents(out)
+    assert sorted(whole)[4:] == ["00004-42.png", "00005-43.png", "00006-44.png", "00007-45.png", "run.json"]
+    (out / "00005-43.png").unlink()
+    assert txt2img([*words, "--resume"]) == 0
+    assert contents(out) == whole
+
+
+def test_a_second_process_at_the_same_run_is_refused(checkpoint: Path, tmp_path: Path):
+    words = ["7", "--ckpt", str(checkpoint), *SMALL, "--n-iter", "1000", "--resume"]
+    first = start("txt2img", [*words, "--out", str(tmp_path / "out")], tmp_path / "first.log")
+    for _ in range(600):
+        if list(tmp_path.glob("out/*.png")):
+            break
+        time.sleep(0.05)
+    assert txt2img([*words, "--out", str(tmp_path / "out")]) == 2
+    first.kill()
+    first.join()
+
+
+def test_a_folder_of_pictures_goes_on(tmp_path: Path):
+    model = tmp_path / "tiny.safetensors"
+    tiny("sd1").save(model)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (90 * i, 0, 0)).save(pictures / f"{i}.png")
+    words = [str(pictures), "a cat", "--ckpt", str(model), *SMALL, "--resume", "--out", str(tmp_path / "out")]
+    assert img2img(words) == 0
+    whole = contents(tmp_path / "out")
+    assert sorted(whole) == ["00000-42-0.png", "00001-42-1.png", "00002-42-2.png", "run.json"]
+    (tmp_path / "out" / "00001-42-1.png").unlink()
+    assert img2img(words) == 0
+    assert contents(tmp_path / "out") == whole
+    (pictures / "1.png").unlink()
+    assert img2img(words) == 2
+
+
+def test_one_picture_and_a_named_file_are_no_run(checkpoint: Path, tmp_path: Path):
+    words = ["7", "--ckpt", str(checkpoint), *SMALL, "--resume"]
+    assert txt2img([*words, "--out", str(tmp_path / "a.png")]) == 2
+    with pytest.raises(SystemExit):
+        txt2img([*words, "--skip-save"])
