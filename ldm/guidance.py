@@ -84,14 +84,6 @@ def cfg(
     return denoise
 
 
-def keeping(denoise: Denoise, latents: Tensor, mask: Tensor) -> Denoise:
-    """Denoise only where the mask is 1; elsewhere the answer is what is there already.
-
-    latents: (B, C, h, w), the given picture. mask: (1, 1, h, w) in [0, 1].
-    """
-    return lambda x, sigma: torch.lerp(latents, denoise(x, sigma), mask)
-
-
 def rescaled(x: Tensor, sigma: float, guided: Tensor, positive: Tensor, amount: float) -> Tensor:
     """Give the guided prediction the standard deviation of the conditional one, by a share `amount`.
 

@@ -194,11 +194,7 @@ def pasted(
         part = Image.new("RGB", original.size)
         part.paste(resized(drawn.convert("RGB"), box[2] - box[0], box[3] - box[1], "crop"), box[:2])
         result.paste(_mixed(original.crop(touched), part.crop(touched), seen.crop(touched)), touched[:2])
-    outside = np.asarray(seen) == 0
-    if (np.asarray(result)[outside] != np.asarray(original)[outside]).any():
-        raise LdmError(
-            "a pixel outside the mask was changed, so the picture is not returned; report this bug"
-        )
+    check_untouched(original, result, seen)
     if result.mode == "RGBA" and result.getchannel("A").getextrema() == (255, 255):
         return result.convert("RGB")
     return result
