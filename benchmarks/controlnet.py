@@ -22,6 +22,7 @@ from PIL import Image
 import ldm
 from benchmarks.evaluate import HELD_OUT_SEED, PICTURES, SHIFT, held_out, prompt
 from benchmarks.metrics import mean
+from ldm.controlnet import Mode
 from ldm.hints import canny
 from ldm.images import to_pil
 from ldm.training.icons import IconSet, composite
@@ -62,10 +63,10 @@ def measure(models: ldm.Models, data: IconSet, controlnet: str) -> dict[str, obj
     others = [*prompts[SHIFT:], *prompts[:SHIFT]]
     network = ldm.load_controlnet(controlnet, models)
 
-    def drawn(prompts: Sequence[str], weight: float | None) -> list[Image.Image]:
+    def drawn(prompts: Sequence[str], weight: float = 1.0, mode: Mode = "balanced") -> list[Image.Image]:
         pictures = []
         for i, (words, hint) in enumerate(zip(prompts, hints, strict=True)):
-            controls = () if weight is None else (ldm.Control(network, hint, weight),)
+            controls = (ldm.Control(network, hint, weight, mode=mode),) if weight else ()
             request = ldm.Request(prompt=words, seed=HELD_OUT_SEED + PICTURES * i)
             pictures += ldm.txt2img(models, request, ldm.Inputs(controls=controls))
             print(f"\r{i + 1}/{len(hints)}", end="", file=sys.stderr, flush=True)
@@ -77,15 +78,17 @@ def measure(models: ldm.Models, data: IconSet, controlnet: str) -> dict[str, obj
     assert models.vae is not None
     with torch.no_grad():
         again = [to_pil(models.vae.decode(models.vae.encode(picture[None]))[0]) for picture in pixels]
-    free, led = drawn(prompts, None), drawn(prompts, 1.0)
+    free, led = drawn(prompts, 0.0), drawn(prompts)
     sets = {
         "autoencoder": scores(again, hints),
         "without": scores(free, hints),
         "with": scores(led, hints),
         "with, judged by other hints": scores(led, [*hints[SHIFT:], *hints[:SHIFT]]),
         "with, weight 0.5": scores(drawn(prompts, 0.5), hints),
-        "with, prompt of another thing": scores(drawn(others, 1.0), hints),
-        "with, no prompt": scores(drawn([""] * len(hints), 1.0), hints),
+        'with, mode "control"': scores(drawn(prompts, mode="control"), hints),
+        "without, prompt of another thing": scores([*free[SHIFT:], *free[:SHIFT]], hints),
+        "with, prompt of another thing": scores(drawn(others), hints),
+        "with, no prompt": scores(drawn([""] * len(hints)), hints),
     }
     return {name: asdict(mean(values)) for name, values in sets.items()}
 
