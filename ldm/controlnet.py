@@ -39,7 +39,6 @@ class ControlNetConfig:
     """Shape of a ControlNet; the defaults are those published for Stable Diffusion 1.x."""
 
     unet: UNetConfig = SD1_UNET  # of the model that it steers; the output half does not matter
-    hint_channels: int = 3
     hint_widths: tuple[int, ...] = (16, 32, 96, 256)  # of the hint's network; each but the first halves
 
     @property
@@ -51,7 +50,7 @@ class ControlNetConfig:
 def _hint_block(config: ControlNetConfig) -> nn.Sequential:
     """Eight convolutions in the published networks, with SiLU between: pixels to features of latent size."""
     widths = config.hint_widths
-    layers: list[nn.Module] = [nn.Conv2d(config.hint_channels, widths[0], 3, padding=1), nn.SiLU()]
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1), nn.SiLU()]
     for width, wider in pairwise(widths):
         layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
         layers += [nn.Conv2d(width, wider, 3, padding=1, stride=2), nn.SiLU()]
@@ -133,7 +132,7 @@ class Control:
 
     def active(self, step: int, steps: int) -> bool:
         """Whether the hint counts in step 0, 1, ..., steps - 1: if all of it lies between start and end."""
-        return self.start <= step / steps and (step + 1) / steps <= self.end
+        return self.weight > 0 and self.start <= step / steps and (step + 1) / steps <= self.end
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +174,8 @@ def prepared(
         return Prepared(network, network.features(hint), scales(control, len(network.skips) + 1))
     found = network(hint)
     weighted = (weight * one for weight, one in zip(scales(control, len(found)), found, strict=True))
-    every = (
-        unet.num_res_blocks + 1
-    )  # input blocks of each level; the last of its ResBlocks takes the features
-    return PreparedAdapter({level * every + unet.num_res_blocks: one for level, one in enumerate(weighted)})
+    blocks = unet.num_res_blocks  # of each level, and a halving; the last ResBlock takes the features
+    return PreparedAdapter({level * (blocks + 1) + blocks: one for level, one in enumerate(weighted)})
 
 
 def check_fit(network: ControlNet | Adapter, unet: UNetConfig, factor: int | None) -> None:

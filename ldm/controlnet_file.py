@@ -104,5 +104,6 @@ def controlnet_config(shapes: Shapes, *, num_heads: int | None, head_dim: int | 
     widths: list[int] = []
     while f"input_hint_block.{4 * len(widths) + 2}.weight" in shapes:
         widths.append(shapes[f"input_hint_block.{4 * len(widths)}.weight"][0])
-    channels = shapes["input_hint_block.0.weight"][1]
-    return ControlNetConfig(unet=unet, hint_channels=channels, hint_widths=tuple(widths))
+    if (channels := shapes["input_hint_block.0.weight"][1]) != 3:
+        raise CheckpointError(f"this ControlNet wants a hint of {channels} channels; a picture has 3")
+    return ControlNetConfig(unet=unet, hint_widths=tuple(widths))

@@ -217,6 +217,7 @@ def test_a_control_is_active_between_its_ends():
     assert steps(0.3, 1) == [3, 4, 5, 6, 7, 8, 9]  # the rest
     assert steps(0.3, 0.7) == [3, 4, 5, 6]
     assert steps(0, 1, 1) == [0]
+    assert not Control(controlnet(TINY), PICTURE, weight=0).active(0, 10)
 
 
 def hint_of(picture: Image.Image, width: int, height: int, **settings: Any) -> Tensor:

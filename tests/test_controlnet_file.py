@@ -115,12 +115,13 @@ def test_what_is_no_controlnet_is_named(names: list[str], message: str, tmp_path
 
 def test_missing_unknown_and_broken_weights_are_refused(tmp_path: Path):
     models, weights = tiny("sd1"), weights_for(tiny("sd1"))
-    key = "zero_convs.1.0.weight"
+    key, hint = "zero_convs.1.0.weight", "input_hint_block.0.weight"
     for number, (wrong, message) in enumerate(
         [
             ({n: w for n, w in weights.items() if n != key}, f"1 of .* are missing, first: {key}"),
             (weights | {"zero_convs.9.0.weight": weights[key]}, "1 unknown ControlNet weights"),
             (weights | {key: weights[key][:, :1]}, "wrong shape"),
+            (weights | {hint: torch.zeros(16, 6, 3, 3)}, "a hint of 6 channels; a picture has 3"),
             (weights | {key: weights[key] * float("nan")}, "NaN"),
             ({n: w for n, w in weights.items() if not n.startswith("input_blocks.0")}, "incomplete"),
         ]
