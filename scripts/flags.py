@@ -469,5 +469,9 @@ def main(
 
 def start(main: Callable[[], int]) -> NoReturn:
     """Run a script: a polite kill is a Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        code = main()
+    except KeyboardInterrupt:  # once more, while the first was being answered
+        code = 130
+    sys.exit(code)

@@ -24,16 +24,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_killed_twenty_times_leaves_the_files_of_one_that_was_not(checkpoint: Path, tmp_path: Path):
     words = ["7", "--ckpt", str(checkpoint), *SMALL, "--n-iter", "40", "--resume", "--out"]
-    begin = time.monotonic()
-    whole = start("txt2img", [*words, str(tmp_path / "whole")], tmp_path / "whole.log")
-    whole.join(60)
-    assert whole.exitcode == 0
+    for folder in ("first", "whole"):  # the first process of all starts slowly
+        begin = time.monotonic()
+        whole = start("txt2img", [*words, str(tmp_path / folder)], tmp_path / f"{folder}.log")
+        whole.join(60)
+        assert whole.exitcode == 0
     took = time.monotonic() - begin
 
     rng, out, log = random.Random(0), tmp_path / "out", tmp_path / "killed.log"
     for _ in range(KILLS):
         run = start("txt2img", [*words, str(out)], log)
-        run.join(rng.uniform(0.3, 0.5) * took)
+        run.join(rng.uniform(0.0, 0.5) * took)
         run.kill()
         run.join()
         for path in out.glob("*.png"):
