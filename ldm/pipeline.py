@@ -6,6 +6,7 @@ Nothing imports this module but `ldm` itself and what stands on top of it: copy 
 a pipeline of your own.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from ldm import hires, masks, networks, soft_inpainting
 from ldm.conditioning import denoisers
 from ldm.controlnet import Control
 from ldm.families import Concat
+from ldm.finite import UNET, finite, second_try
 from ldm.images import to_pil, with_text
 from ldm.infotext import infotext
 from ldm.inputs import NO_INPUTS, Inputs
@@ -55,7 +57,16 @@ def sample(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Iter
 
 
 def descend(models: Models, run: Plan, latents: Tensor | None) -> Iterator[Step]:
-    """One way down through the noise levels, from latents (B, C, h, w) or, if None, from noise alone."""
+    """One way down through the noise levels, from latents (B, C, h, w) or, if None, from noise alone.
+
+    Raises NotFiniteError if it ends in NaN or infinity. Half precision gets a second try: the steps of the
+    same run in float32 follow.
+    """
+    hints = [control.network for control in run.inputs.controls]
+    yield from second_try(models, lambda models: _descend(models, run, latents), hints)
+
+
+def _descend(models: Models, run: Plan, latents: Tensor | None) -> Iterator[Step]:
     with changed(models, run):
         guided = denoisers(models, run)
         at = 0  # the step at hand, by its noise level: some samplers choose their number of steps themselves
@@ -70,7 +81,8 @@ def descend(models: Models, run: Plan, latents: Tensor | None) -> Iterator[Step]
         for step in run.sampler(denoise, x, run.sigmas, noise, **run.request.sampler_options()):
             at = min(sum(level > step.sigma_next for level in run.sigmas), len(guided) - 1)
             if step.sigma_next == run.sigmas[-1]:
-                step = step._replace(x=keep(run.sampler.finish(step.x, step.sigma_next), 0.0))
+                x = finite(keep(run.sampler.finish(step.x, step.sigma_next), 0.0), UNET)
+                step = step._replace(x=x)
             yield step
 
 
@@ -100,8 +112,10 @@ def start(models: Models, run: Plan, latents: Tensor | None) -> tuple[Tensor, No
             latents = torch.lerp(latents, first, mask)
         elif edit.masked_content == "latent nothing":
             latents = latents * (1 - mask)
-    strength = edit.noise_multiplier * (run.sigmas[0] + edit.extra_noise)
-    return latents + first * strength, noise, keeper(latents, mask, edit.soft)
+    x = latents + first * (edit.noise_multiplier * (run.noised + edit.extra_noise))
+    if run.noised != run.sigmas[0]:  # taken for a state of that level, of the variance that it should have
+        x = x * math.sqrt((1 + run.sigmas[0] ** 2) / (1 + run.noised**2))
+    return x, noise, keeper(latents, mask, edit.soft)
 
 
 def keeper(latents: Tensor, mask: Tensor | None, soft: Soft | None) -> Keep:

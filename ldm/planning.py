@@ -32,6 +32,7 @@ class Plan:
     spacing: str  # of the noise levels, a name of ldm.spacings.SPACINGS
     levels: tuple[float, ...]  # of the whole schedule
     sigmas: tuple[float, ...]  # those visited, the last one 0 (DDIM as in other programs: see compat)
+    noised: float  # the level to which a given picture is noised, see _visited
     latent_shape: tuple[int, int, int]  # (C, h, w)
     prompt: str  # without comments and the tags that name files
     negative_prompt: str  # without comments
@@ -127,9 +128,10 @@ def _pass(models: Models, request: Request, inputs: Inputs, width: int, height: 
     steps = request.steps or family.steps
     strength = None if request.edit is None else request.edit.strength or family.strength
     total, made = (
-        schedules.part_of_run(steps, strength, request.compat.strength) if strength else (steps, steps)
+        schedules.part_of_run(steps, strength, request.compat.strength) if strength else (steps, None)
     )
     levels = _levels(models, request, sampler, total, spacing)
+    sigmas, noised = (levels, levels[0]) if made is None else _visited(levels, made, request)
     negative_prompt = without_comments(request.negative_prompt)
     prompt, found = networks.find(models, without_comments(request.prompt), negative_prompt)
     factor = vae.config.factor
@@ -144,7 +146,8 @@ def _pass(models: Models, request: Request, inputs: Inputs, width: int, height: 
         sampler=sampler,
         spacing=spacing,
         levels=levels,
-        sigmas=levels if made is None else levels[-(made + 1) :],
+        sigmas=sigmas,
+        noised=noised,
         latent_shape=(vae.config.embed_dim, height // factor, width // factor),
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -193,6 +196,19 @@ def _levels(
     if spacing == "karras" and compat.old_karras_range:
         low, high = low or 0.1, high or 10.0
     return tuple(sampler.sigmas(schedule, steps, spacing, sigma_min=low, sigma_max=high, rho=request.rho))
+
+
+def _visited(levels: tuple[float, ...], made: int, request: Request) -> tuple[tuple[float, ...], float]:
+    """Image to image: the last levels, for so many steps, and the one to which the picture is noised.
+
+    That is the first of them. DDIM and PLMS of other programs, whose `levels` end above 0, take the level
+    before it, though (CompVis); the web UI's then make two steps less than its other samplers.
+    """
+    old = levels[-1] > 0
+    if old and request.compat.ddim_levels == "webui":
+        made = max(made - 2, 1)
+    first = max(len(levels) - made - 1, 0)
+    return levels[first:], levels[max(first - old, 0)]
 
 
 def autoencoder(models: Models) -> AutoencoderKL | VQModel:

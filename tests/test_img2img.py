@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.canvas import fitted
-from ldm.compat import Compatibility
+from ldm.compat import Compatibility, profile
 from ldm.conditioning import conditioning, further_channels
 from ldm.controlnet import Control, ControlNet, ControlNetConfig
 from ldm.denoise import Denoiser
@@ -24,7 +25,8 @@ from ldm.errors import RequestError
 from ldm.inputs import NO_INPUTS, Inputs
 from ldm.latents import encode
 from ldm.models import Models
-from ldm.pipeline import img2img, plan, sample, txt2img
+from ldm.noise import starting_noise
+from ldm.pipeline import img2img, plan, sample, start, txt2img
 from ldm.request import Request
 from ldm.resize import resized
 from ldm.samplers import SAMPLERS, Step
@@ -108,6 +110,54 @@ def test_hardly_any_strength_gives_back_the_picture(name: str):
     assert sigma < 0.4  # UniPC's lowest level; of most it is 0.03
     # A step takes sigma * (noise - what the network holds for noise) away, both of order 1.
     assert (done[-1].x - z).abs().max() < 8 * sigma
+
+
+TIMES = {  # of 20 steps at strength 0.75: the training steps visited, and that of the noise at the start
+    "compvis": ([*range(701, 0, -50), 0], 751),
+    "a1111": ([*range(701, 0, -50)], 751),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize("sampler", ["DDIM", "PLMS"])
+def test_old_ddim_starts_where_compvis_and_the_web_ui_start_it(sampler: str, name: str):
+    edit = Edit(strength=0.75)
+    request = replace(SMALL, sampler=sampler, steps=20, edit=edit, compat=profile(name))
+    run = plan(tiny("sd1"), request, Inputs(picture()))
+    levels = tiny("sd1").denoiser.schedule.sigmas
+    times, noised = TIMES[name]
+    assert run.sigmas == pytest.approx([levels[t] for t in times])
+    assert run.noised == levels[noised]
+
+    # Both compute the start in the variance-preserving scale, with the abar of `noised`.
+    z, abar = encode(tiny("sd1"), [picture()]), tiny("sd1").denoiser.schedule.alphas_cumprod[noised]
+    first, _ = starting_noise(request, run.latent_shape, factor=8)
+    expected = abar**0.5 * z + (1 - abar) ** 0.5 * first
+    found = start(tiny("sd1"), run, z)[0] / (1 + run.sigmas[0] ** 2) ** 0.5
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=0)
+
+
+def test_that_start_is_the_originals():
+    toy = load_file(golden("samplers/toy.safetensors"))
+    encoded = load_file(golden("samplers/compvis_ddim_plms.safetensors"))[
+        "ddim_img2img/S20/strength=0.75/encoded"
+    ]
+    abar = tiny("sd1").denoiser.schedule.alphas_cumprod[751]
+    expected = abar**0.5 * toy["x0_img2img"] + (1 - abar) ** 0.5 * toy["x_init_unit"]
+    torch.testing.assert_close(encoded, expected.float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["compvis", "a1111"])
+def test_old_ddim_makes_a_step_at_any_strength_and_all_of_them_without_a_picture(name: str):
+    for strength in (0.001, 0.1, 1.0):
+        edit = Edit(strength=strength)
+        request = replace(SMALL, sampler="DDIM", steps=15, edit=edit, compat=profile(name))
+        done = steps(tiny("sd1"), request, Inputs(picture()))
+        assert 1 <= len(done) <= 15
+    # 15 does not divide 1000, so the originals visit 16 training steps.
+    alone = plan(tiny("sd1"), replace(request, edit=None))
+    assert alone.sigmas == alone.levels
+    assert alone.sigmas[0] == tiny("sd1").denoiser.schedule.sigmas[991]
 
 
 def test_a_family_has_its_own_strength():
