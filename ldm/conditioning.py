@@ -13,8 +13,10 @@ from ldm import masks
 from ldm.controlnet import Control, Controlled, prepared
 from ldm.denoise import Conditioning, Denoise, Denoiser
 from ldm.families import Concat, Picture
+from ldm.finite import TEXT, finite
 from ldm.guidance import Guides, cfg, needs_negative
 from ldm.images import to_tensor
+from ldm.latents import encoded
 from ldm.models import Models
 from ldm.networks import Networks
 from ldm.planning import Plan, autoencoder
@@ -96,6 +98,9 @@ def conditioning(models: Models, run: Plan) -> list[Guides]:
             embeddings=run.networks.embeddings,
         )
         one = family.condition(models.text, models.tokenizer, text, picture)
+        for states in (one.context, one.vector):
+            if states is not None and states.is_floating_point():
+                finite(states, TEXT)
         return replace(one, concat=concat).expanded(request.batch_size)
 
     steps, late = len(run.sigmas) - 1, request.compat.late_first_edit
@@ -133,8 +138,8 @@ def further_channels(models: Models, run: Plan) -> Tensor | None:
         case Concat.PICTURE:
             # Brooks et al. 2022, section 3.2: the encoded picture, which their code does not scale.
             assert run.canvas is not None
-            vae = autoencoder(models)
-            return vae.encode(to_tensor(run.canvas.picture, models.device)) / vae.config.scale
+            z = encoded(models, to_tensor(run.canvas.picture, models.device))
+            return z / autoencoder(models).config.scale
         case Concat.DEPTH:
             depth = run.inputs.depth
             assert depth is not None
@@ -157,8 +162,7 @@ def _hidden(models: Models, run: Plan) -> Tensor:
     if canvas is not None and canvas.mask is not None and edit is not None:
         mask = masks.latent_mask(canvas.mask, run.width, run.height).to(device)
         pixels = to_tensor(canvas.picture, device) * (1 - mask * edit.mask_weight)
-    z = autoencoder(models).encode(pixels)
-    return torch.cat([F.interpolate(mask, size=size), z], dim=1)
+    return torch.cat([F.interpolate(mask, size=size), encoded(models, pixels)], dim=1)
 
 
 def _relative_depth(image: Image.Image, size: Sequence[int]) -> Tensor:

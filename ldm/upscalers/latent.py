@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import ClassVar
 
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ldm.errors import CheckpointError, RequestError, check_range
 from ldm.families import Family
+from ldm.finite import UNET, finite, second_try
 from ldm.images import to_pil, to_tensor
+from ldm.latents import decode
 from ldm.models import Models
 from ldm.noise import GaussianNoise
 from ldm.request import MAX_SEED
@@ -79,7 +81,9 @@ class LatentUpscaler(ABC):
             if progress is not None:
                 progress(next(done) / total)
 
-        latent = self.draw(small, tick)
+        *_, latent = second_try(
+            self.models, lambda models: iter([replace(self, models=models).draw(small, tick)])
+        )
         return self.decode(latent, self.factor * image.width, self.factor * image.height, tick)
 
     @abstractmethod
@@ -111,16 +115,15 @@ class LatentUpscaler(ABC):
         x = sampler.start(noise.draw(), sigmas[0])
         for step in sampler(in_tiles, x, sigmas, noise, eta=self.eta):
             x = step.x
-        return x
+        return finite(x, UNET)
 
     @torch.no_grad()
     def decode(self, latent: Tensor, width: int, height: int, tick: Progress | None = None) -> Image.Image:
         """The left top part, width x height pixels, of the picture of a latent (1, C, h, w)."""
-        vae, device, top = self.models.vae, latent.device, 0
-        assert vae is not None
+        device, top = latent.device, 0
         image = Image.new("RGB", (width, height))
         for strip in tiled_strips(
-            lambda z: vae.decode(z.to(device)),
+            lambda z: decode(self.models, z.to(device)),
             latent.cpu(),  # so that only a tile of the large picture is on the device
             tile=self.tile,
             overlap=self.overlap,
