@@ -71,6 +71,8 @@ def _descend(models: Models, run: Plan, latents: Tensor | None) -> Iterator[Step
         guided = denoisers(models, run)
         at = 0  # the step at hand, by its noise level: some samplers choose their number of steps themselves
         x, noise, keep = start(models, run, latents)
+        # DPM adaptive comes there once for each picture of a batch; only the last time counts.
+        end = run.sigmas[-2] * (1 + 1e-4) if run.sampler.stops_early else run.sigmas[-1]
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             nonlocal at
@@ -80,7 +82,7 @@ def _descend(models: Models, run: Plan, latents: Tensor | None) -> Iterator[Step
 
         for step in run.sampler(denoise, x, run.sigmas, noise, **run.request.sampler_options()):
             at = min(sum(level > step.sigma_next for level in run.sigmas), len(guided) - 1)
-            if step.sigma_next == run.sigmas[-1]:
+            if step.sigma_next <= end:
                 x = finite(keep(run.sampler.finish(step.x, step.sigma_next), 0.0), UNET)
                 step = step._replace(x=x)
             yield step

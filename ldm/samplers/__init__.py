@@ -36,6 +36,7 @@ class Sampler:
     orders: tuple[int, ...] = ()  # what its option `order` may be
     brownian: bool = False  # draws its noise from a `BrownianNoise`
     discard_penultimate: bool = False  # leaves out the last level above 0, see `ldm.schedules.sigmas`
+    stops_early: bool = False  # at the last level above 0, see `ldm.samplers.dpm_solver`
     unit_start: bool = False  # starts from noise of the variance of a noised picture, see `start`
     aliases: tuple[str, ...] = ()  # further names, beside all spellings of `name`
 
@@ -114,12 +115,13 @@ _SAMPLERS = (
         aliases=("dpm_2_ancestral",),
     ),
     # The web UI runs these two with eta 1, the papers and k-diffusion with 0.
-    Sampler("DPM fast", partial(dpm_solver.dpm_fast, eta=1.0)),
+    Sampler("DPM fast", partial(dpm_solver.dpm_fast, eta=1.0), stops_early=True),
     Sampler(
         "DPM adaptive",
         partial(dpm_solver.dpm_adaptive, eta=1.0),
         evaluations=3,
         orders=(2, 3),
+        stops_early=True,
         aliases=("dpm_ad",),
     ),
     Sampler("Restart", restart.restart, "karras", evaluations=2),
