@@ -171,13 +171,17 @@ def _check_inputs(models: Models, request: Request, inputs: Inputs) -> None:
 
 def _size(models: Models, request: Request, inputs: Inputs, factor: int) -> tuple[int, int]:
     """Width and height of the (first) pass."""
-    usual = models.default_size
-    if request.width is None and request.height is None and inputs.picture is not None:
-        edit = request.edit
-        if edit is not None and inputs.mask is not None and edit.only_masked:
-            return usual, usual
-        return fitted(inputs.picture, usual, factor)
-    width, height = request.width or usual, request.height or usual
+    usual, picture = models.default_size, inputs.picture
+    if request.edit is not None and inputs.mask is not None and request.edit.only_masked:
+        picture = None  # the part that is drawn has a shape of its own
+    width, height = request.width, request.height
+    if picture is not None and not (width and height):
+        if not width and not height:
+            return fitted(picture, usual, factor)
+        share = (width or 0) / picture.width or (height or 0) / picture.height
+        width = width or max(round(picture.width * share / factor), 1) * factor
+        height = height or max(round(picture.height * share / factor), 1) * factor
+    width, height = width or usual, height or usual
     for name, value in (("width", width), ("height", height)):
         if value % factor:
             near = max(round(value / factor), 1) * factor

@@ -236,6 +236,20 @@ def test_a_picture_of_an_odd_size_is_drawn_in_the_next_one_that_fits():
     assert image.size == (100, 76)
 
 
+def test_of_one_side_the_other_follows_by_the_shape():
+    def size(**sides: int) -> tuple[int, int]:
+        run = plan(
+            tiny("sd1"), replace(SMALL, **{"width": None, "height": None, **sides}), Inputs(picture(96, 40))
+        )
+        return run.width, run.height
+
+    assert size(width=192) == (192, 80)
+    assert size(height=32) == (80, 32)  # of 77
+    assert size(width=8) == (8, 8)
+    with pytest.raises(RequestError, match="width must be a multiple of 8, got 100; try 96"):
+        size(width=100)
+
+
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "embedded", "class-f4", "unconditional"])
 def test_every_family_draws_from_a_picture(name: str):
     prompt = "207" if name == "class-f4" else "a cat"
