@@ -21,6 +21,10 @@ class SamplerError(LdmError):
     """An unknown sampler or schedule, or an option that a sampler does not have."""
 
 
+class NotFiniteError(LdmError):
+    """A network gave NaN or infinity."""
+
+
 def check_range(name: str, value: float | None, low: float, high: float) -> None:
     """Raise RequestError if a setting is out of its range; None is no value, and NaN is in no range."""
     if value is not None and not low <= value <= high:

@@ -15,16 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import LdmError
+from ldm.errors import NotFiniteError
 from ldm.models import Models
 
 UNET, VAE, TEXT = "the UNet", "the autoencoder (VAE)", "the text encoder"
 
 logger = logging.getLogger(__name__)
-
-
-class NotFiniteError(LdmError):
-    """A network gave NaN or infinity."""
 
 
 def finite(x: Tensor, part: str) -> Tensor:

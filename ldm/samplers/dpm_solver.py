@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoise import Denoise
-from ldm.errors import SamplerError
+from ldm.errors import NotFiniteError
 from ldm.noise import Noise
 from ldm.samplers.step import Step, ancestral_step
 
@@ -134,7 +134,7 @@ class StepLength:
     def accepts(self, error: float) -> bool:
         """Judge a step by its error in units of the tolerance, and set the next length."""
         if not math.isfinite(error):
-            raise SamplerError("the network returned numbers that are not finite; a safer dtype may help")
+            raise NotFiniteError("the network gave NaN or infinity, so the next step has no length")
         inverse = 1 / (error + 1e-8)
         self.past = self.past or [inverse, inverse]
         product = math.prod(e**power for e, power in zip((inverse, *self.past), self.powers, strict=True))

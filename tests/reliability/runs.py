@@ -13,7 +13,9 @@ from pathlib import Path
 from ldm.files import UNFINISHED
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ldm.cli", "ldm.reproduce", "scripts.txt2img", "tests.reliability.runs", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(
+    ["ldm.cli", "ldm.reproduce", "scripts.txt2img", "tests.reliability.runs", "torch._dynamo"]
+)
 
 SMALL = ["--width", "16", "--height", "16", "--steps", "2", "--device", "cpu"]
 

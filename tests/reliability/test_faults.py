@@ -116,7 +116,9 @@ def test_a_full_disk_tells_how_far_the_run_came(
     checkpoint = tmp_path / "tiny.safetensors"
     tiny("class-f8").save(checkpoint)
     disk.fail(6)  # of the second picture
-    assert txt2img(["7", "--ckpt", str(checkpoint), *SMALL, "--n-iter", "9", "--out", str(tmp_path / "o")]) == 3
+    assert (
+        txt2img(["7", "--ckpt", str(checkpoint), *SMALL, "--n-iter", "9", "--out", str(tmp_path / "o")]) == 3
+    )
     assert last_line(capsys.readouterr().err) == (
         "txt2img: [Errno 28] No space left on device; 1 of 9 pictures are done, the next has seed 43"
     )

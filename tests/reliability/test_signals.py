@@ -26,9 +26,7 @@ def ask(times: int, number: int = signal.SIGINT) -> None:
 
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("part", ["sampler", "decoder"])
-def test_asked_within_the_networks(
-    part: str, times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_asked_within_the_networks(part: str, times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Once: the step, or the picture that is being decoded, is finished. Twice: nothing is."""
     models, calls = tiny("class-f8"), []
     assert models.vae is not None
@@ -47,8 +45,10 @@ def test_asked_within_the_networks(
     assert code == 130
     finished = 2 if part == "decoder" and times == 1 else 1
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["00000-x.png", "00001-x.png"][:finished]
-    assert capsys.readouterr().err.splitlines()[-1].endswith(
-        f"stopped; {finished} of 4 pictures are done, the next has seed {finished}"
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(f"stopped; {finished} of 4 pictures are done, the next has seed {finished}")
     )
 
 
@@ -70,7 +70,9 @@ def test_asked_while_a_picture_is_saved(
         ask(times)
 
     monkeypatch.setattr(os, call, interrupted)
-    assert cli.draw(tiny("class-f8"), JOBS, lambda image, job: none(save_numbered(image, tmp_path, "x"))) == 130
+    assert (
+        cli.draw(tiny("class-f8"), JOBS, lambda image, job: none(save_numbered(image, tmp_path, "x"))) == 130
+    )
     there = ["00000-x.png"] if times == 1 or call == "link" else []
     assert [path.name for path in tmp_path.iterdir()] == there
     for name in there:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoise import Denoise
-from ldm.errors import SamplerError
+from ldm.errors import NotFiniteError, SamplerError
 from ldm.noise import BrownianNoise, GaussianNoise, Noise
 from ldm.samplers import SAMPLERS, Sampler, parse
 from ldm.schedules import NoiseSchedule
@@ -245,7 +245,7 @@ def test_defaults_are_those_of_the_web_ui():
 
 def test_dpm_adaptive_stops_at_a_network_that_returns_nan():
     x = torch.ones(1, *SHAPE)
-    with pytest.raises(SamplerError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="no length"):
         list(
             SAMPLERS["DPM adaptive"](
                 lambda x, sigma: x * math.nan, x, [10.0, 0.1, 0.0], GaussianNoise(SHAPE, [0])
