@@ -36,16 +36,16 @@ def finite(x: Tensor, part: str) -> Tensor:
 AutoencoderT = TypeVar("AutoencoderT", bound=nn.Module)
 
 
-def with_autoencoder(vae: AutoencoderT, work: Callable[[AutoencoderT], Tensor]) -> Tensor:
-    """The result of an autoencoder, float32 and finite: one in half precision gets a second try in float32.
+def with_autoencoder(vae: AutoencoderT, work: Callable[[AutoencoderT, Tensor], Tensor], x: Tensor) -> Tensor:
+    """What an autoencoder makes of x, float32 and finite; in half precision it has a second try in float32.
 
-    work: what it shall do; gives it tensors of its own dtype. Raises NotFiniteError.
+    work: calls it, with x in its dtype. Raises NotFiniteError.
     """
-    result = work(vae).float()
-    half = any(p.dtype != torch.float32 for p in vae.parameters())
-    if half and not torch.isfinite(result).all():
+    dtype = next(vae.parameters()).dtype
+    result = work(vae, x.to(dtype)).float()
+    if dtype != torch.float32 and not torch.isfinite(result).all():
         logger.warning(f"{VAE} gave NaN or infinity in half precision; it is repeated in float32")
-        result = work(copy.deepcopy(vae).float())
+        result = work(copy.deepcopy(vae).float(), x.float())
     return finite(result, VAE)
 
 
