@@ -31,7 +31,9 @@ from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
 EMPTY = 0.5  # share of empty captions (section 3.3)
-LOOP = LoopConfig(steps=1200, lr=5e-4, warmup=50, decay=0.3, ema_decay=0.995, weight_decay=0.0, save_every=100)
+LOOP = LoopConfig(
+    steps=1200, lr=5e-4, warmup=50, decay=0.3, ema_decay=0.995, weight_decay=0.0, save_every=100
+)
 BATCH = 32
 
 
