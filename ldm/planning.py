@@ -102,8 +102,8 @@ def plan(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Plan:
     width, height = hires.size(run.width, run.height, factor)
     second = replace(
         request,
-        prompt=request.prompt if hires.prompt is None else hires.prompt,
-        negative_prompt=request.negative_prompt if hires.negative_prompt is None else hires.negative_prompt,
+        prompt=hires.prompt or request.prompt,
+        negative_prompt=hires.negative_prompt or request.negative_prompt,
         steps=hires.steps or run.steps,
         sampler=hires.sampler or run.sampler.name,
         schedule=hires.schedule or (None if hires.sampler else run.spacing),

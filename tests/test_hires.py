@@ -189,11 +189,18 @@ def test_it_has_the_settings_of_the_first_pass_unless_it_has_its_own():
     assert second is not None
     assert (second.prompt, second.negative_prompt) == ("a cat", "dim")
     assert (second.sampler.name, second.spacing, second.cfg_scale) == ("DPM++ 2M", "exponential", 1.0)
-    own = {"prompt": "a dog", "negative_prompt": "", "sampler": "DPM++ 2M Karras", "cfg_scale": 3.0}
+    own = {"prompt": "a dog", "negative_prompt": "dark", "sampler": "DPM++ 2M Karras", "cfg_scale": 3.0}
     second = plan(tiny("sd1"), replace(with_hires(**own), negative_prompt="dim")).second
     assert second is not None
-    assert (second.prompt, second.negative_prompt) == ("a dog", "")
+    assert (second.prompt, second.negative_prompt) == ("a dog", "dark")
     assert (second.sampler.name, second.spacing, second.cfg_scale) == ("DPM++ 2M", "karras", 3.0)
+
+
+def test_an_empty_prompt_is_that_of_the_first_pass_as_in_the_web_ui():
+    request = replace(with_hires(prompt="", negative_prompt=""), negative_prompt="dim")
+    second = plan(tiny("sd1"), request).second
+    assert second is not None
+    assert (second.prompt, second.negative_prompt) == ("a cat", "dim")
 
 
 def texts(request: Request) -> tuple[list[Tensor | None], list[Tensor | None]]:
