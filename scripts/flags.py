@@ -122,6 +122,7 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
 def add_output(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     files = p.add_argument_group("files")
     files.add_argument(
+        "-o",
         "--out",
         "--outdir",
         type=Path,
