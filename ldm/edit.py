@@ -51,7 +51,8 @@ class Edit:
 class Hires:
     """A second pass: the finished picture is enlarged, noised again and finished at the new size.
 
-    Fields that are None, and empty prompts, are as in the first pass. Raises RequestError for values that make no sense.
+    Fields that are None, and empty prompts, are as in the first pass. Raises RequestError for values that
+    make no sense.
     """
 
     scale: float = 2.0
