@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import ldm
 from ldm import Edit, Hires, LdmError, Models, Request
