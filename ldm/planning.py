@@ -195,7 +195,12 @@ def _levels(
     """The noise levels of a whole run, as the request's `compat` wants them."""
     schedule, compat = models.denoiser.schedule, request.compat
     if spacing == sampler.spacing == "ddim_uniform" and compat.ddim_levels != "exact":
-        return tuple(schedules.ddim_levels(schedule, steps, compat.ddim_levels))
+        levels = tuple(schedules.ddim_levels(schedule, steps, compat.ddim_levels))
+        if len(levels) < 2:
+            raise RequestError(
+                f"{sampler.name} of the web UI makes a step less than asked for; ask for 2 or more"
+            )
+        return levels
     low, high = request.sigma_min, request.sigma_max
     if spacing == "karras" and compat.old_karras_range:
         low, high = low or 0.1, high or 10.0

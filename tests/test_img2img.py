@@ -160,6 +160,12 @@ def test_old_ddim_makes_a_step_at_any_strength_and_all_of_them_without_a_picture
     assert alone.sigmas[0] == tiny("sd1").denoiser.schedule.sigmas[991]
 
 
+def test_the_web_uis_ddim_cannot_make_a_single_step():
+    request = replace(SMALL, sampler="DDIM", steps=1, compat=profile("a1111"))
+    with pytest.raises(RequestError, match="DDIM of the web UI makes a step less than asked for; ask for 2"):
+        plan(tiny("sd1"), request, Inputs(picture()))
+
+
 def test_a_family_has_its_own_strength():
     assert plan(tiny("sd1"), replace(SMALL, edit=None), Inputs(picture())).strength == 0.75
     run = plan(tiny("pix2pix"), replace(SMALL, edit=None), Inputs(picture()))
