@@ -238,4 +238,4 @@ def axis(name: str) -> Axis:
     guesses = get_close_matches(plain(name), _BY_PLAIN_NAME, n=3, cutoff=0.5)
     names = list(dict.fromkeys(_BY_PLAIN_NAME[guess].name for guess in guesses))
     hint = f"did you mean {', '.join(names)}?" if names else f"such as {', '.join(list(AXES)[1:8])}"
-    raise RequestError(f"unknown axis {printable(name)!r}; {hint}")
+    raise RequestError(f"unknown axis {printable(name, 40)!r}; {hint}")
