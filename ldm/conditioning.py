@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,7 +16,7 @@ from ldm.denoise import Conditioning, Denoise, Denoiser
 from ldm.families import Concat, Picture
 from ldm.finite import TEXT, finite
 from ldm.guidance import Guides, cfg, needs_negative
-from ldm.images import to_tensor
+from ldm.images import opaque, to_tensor
 from ldm.latents import encoded
 from ldm.models import Models
 from ldm.networks import Networks
@@ -167,7 +168,9 @@ def _hidden(models: Models, run: Plan) -> Tensor:
 
 def _relative_depth(image: Image.Image, size: Sequence[int]) -> Tensor:
     """A depth picture at the size of the latent (1, 1, h, w), stretched to -1 (far) .. 1 (near)."""
-    levels = to_tensor(image.convert("RGB"))[:, :1]
-    depth = F.interpolate(levels, size=tuple(size), mode="bicubic", align_corners=False)
+    deep = image.mode.startswith(("I", "F"))  # more than 8 bits, as of a network that estimates depth
+    levels = np.array(image if deep else opaque(image).convert("L"), dtype=np.float32)
+    depth = torch.from_numpy(levels)[None, None]
+    depth = F.interpolate(depth, size=tuple(size), mode="bicubic", align_corners=False)
     low, high = depth.aminmax()
     return 2 * (depth - low) / (high - low).clamp(min=1e-6) - 1

@@ -323,6 +323,23 @@ def test_a_depth_picture_is_cut_like_its_picture():
     assert (seen.std(dim=3) < 0.01).all()
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16", "F"])
+def test_depth_may_be_of_any_depth_and_scale(mode: str):
+    models, ramp = tiny("sd2-depth"), np.linspace(20, 200, 24).astype(np.uint8)[:, None].repeat(32, 1)
+    plain = Image.fromarray(ramp)
+    deep = {"I;16": ramp.astype(np.uint16) * 257, "F": ramp.astype(np.float32) / 9}.get(mode)
+    image = plain.convert(mode) if deep is None else Image.fromarray(deep)
+    assert image.mode == mode
+    one, other = (
+        further_channels(models, plan(models, SMALL, Inputs(picture(), depth=depth)))
+        for depth in (plain, image)
+    )
+    assert one is not None
+    assert other is not None
+    assert (one.min(), one.max()) == (-1, 1)
+    torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
+
+
 def controlnet(models: Models) -> ControlNet:
     with torch.random.fork_rng():
         torch.manual_seed(0)
