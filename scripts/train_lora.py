@@ -110,6 +110,7 @@ def train(a: argparse.Namespace) -> int:
 
     import ldm
     from ldm import cli, images
+    from ldm.files import remove_unfinished
     from ldm.training.loop import rank_and_world
     from ldm.training.lora import (
         LoraConfig,
@@ -139,6 +140,7 @@ def train(a: argparse.Namespace) -> int:
     folder = a.folder or a.out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     a.out.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(a.out.parent)
     rank, world = rank_and_world()
     if rank > 0:
         dist.barrier()  # the first process encodes the pictures, the others read what it wrote

@@ -7,8 +7,10 @@ optimizer, moving average) is tensors, saved whole in one .safetensors file.
 
 import json
 import math
+import os
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ldm.errors import LdmError
-from ldm.formats import read, write_safetensors
+from ldm.errors import CheckpointError, LdmError
+from ldm.files import remove_unfinished
+from ldm.formats import WeightFile, read, write_safetensors
 from ldm.interrupts import patient
 
 LossFunction = Callable[[torch.Generator], Tensor | Iterable[Tensor]]
@@ -100,7 +103,11 @@ class Run:
         self.config = config
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.folder)
         self.step = 0
+        self.saved: int | None = (
+            None  # the step of the last saved state; None: there is none, or it is damaged
+        )
         self.ema = Ema(model, config.ema_decay)
         self.settings = {**asdict(config), **(facts or {})}
         self.optimizer = optimizer or torch.optim.AdamW(
@@ -111,28 +118,49 @@ class Run:
     def state_path(self) -> Path:
         return self.folder / "state.safetensors"
 
+    @property
+    def previous_path(self) -> Path:
+        """The state before the last one, in case that is damaged."""
+        return self.folder / "state.previous.safetensors"
+
     def save(self) -> None:
-        """Write the whole state; the file of the last save stays until the new one is complete."""
+        """Write the whole state, if it is not that of the last save, which stays as the previous one."""
+        if self.saved == self.step:
+            return
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         if self.ema.decay:
             tensors |= {f"ema.{name}": value for name, value in self.ema.shadow.items()}
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        config = json.dumps(self.settings)
-        write_safetensors(
-            self.state_path, tensors, {"step": str(self.step), "config": config}, overwrite=True
-        )
+        facts = {"step": str(self.step), "config": json.dumps(self.settings)}
+        facts["crc32"] = _checksum(tensors, facts)
+        if self.saved is not None:
+            self.saved = None
+            os.replace(self.state_path, self.previous_path)
+        write_safetensors(self.state_path, tensors, facts, overwrite=True)
+        self.saved = self.step
 
     def resume(self) -> bool:
-        """Go on from the saved state, if there is one.
+        """Go on from the saved state, if there is one; from the one before, with a warning, if it is damaged.
 
         Raises LdmError if it is of another network or was made with other settings: going on would be neither
-        the old run nor the new; CheckpointError if it is damaged.
+        the old run nor the new; CheckpointError if none that is there is sound.
         """
-        if not self.state_path.exists():
-            return False
-        state = read(self.state_path)
+        paths = [path for path in (self.state_path, self.previous_path) if path.exists()]
+        for path in paths:
+            try:
+                self._restore(_sound(path))
+            except CheckpointError as error:
+                if path == paths[-1]:
+                    raise
+                print(f"{error}; going on from the state before", file=sys.stderr)
+            else:
+                self.saved = self.step if path == self.state_path else None
+                return True
+        return False
+
+    def _restore(self, state: WeightFile) -> None:
         stored, now = json.loads(state.metadata["config"]), json.loads(json.dumps(self.settings))
         changed = [k for k in now if k not in ("steps", "decay", "save_every") and now[k] != stored.get(k)]
         parameters = dict(self.model.named_parameters())
@@ -151,7 +179,6 @@ class Run:
                     self.ema.shadow[name].copy_(state.tensors[f"ema.{name}"])
         self._restore_optimizer(state.tensors)
         self.step = int(state.metadata["step"])
-        return True
 
     def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         parameters = dict(self.model.named_parameters())
@@ -274,6 +301,26 @@ class Run:
     def _log(self, loss: float, samples_per_step: int) -> None:
         with (self.folder / "loss.csv").open("a") as log:
             log.write(f"{self.step},{self.step * samples_per_step},{loss:.6f}\n")
+
+
+def _checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """The CRC-32 of a state: of its step, its settings, and all tensors in the order of their names."""
+    value = zlib.crc32((facts["step"] + facts["config"]).encode())
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        value = zlib.crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
+
+
+def _sound(path: Path) -> WeightFile:
+    """A saved state. Raises CheckpointError if it is damaged; safetensors alone would not see all of that."""
+    state = read(path)
+    if not {"step", "config"} <= state.metadata.keys():
+        raise CheckpointError(f"{path.name} is not the state of a training")
+    # Those of the first versions have no checksum.
+    if "crc32" in state.metadata and state.metadata["crc32"] != _checksum(state.tensors, state.metadata):
+        raise CheckpointError(f"{path.name}: the state is damaged")
+    return state
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.denoise import Conditioning, Prediction
 from ldm.errors import LdmError
 from ldm.families import ClipPart
+from ldm.files import atomic_write
 from ldm.formats import write_safetensors
 from ldm.models import Models
 from ldm.text.clip import ClipTextModel, Encoder
@@ -339,7 +340,8 @@ class LossLog:
         self.path = folder / "loss.csv"
         # A process that was killed may have logged steps that its saved state does not have.
         kept = self.path.read_text().splitlines()[1 : run.step + 1] if self.path.exists() else []
-        self.path.write_text("\n".join(["step,loss,unet_lr,text_encoder_lr", *kept]) + "\n")
+        with atomic_write(self.path, overwrite=True) as file:
+            file.write(("\n".join(["step,loss,unet_lr,text_encoder_lr", *kept]) + "\n").encode())
         self.board: Any = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
