@@ -25,7 +25,7 @@ from ldm.errors import RequestError
 from ldm.inputs import NO_INPUTS, Inputs
 from ldm.latents import encode
 from ldm.models import Models
-from ldm.noise import starting_noise
+from ldm.noise import BrownianNoise, starting_noise
 from ldm.pipeline import img2img, plan, sample, start, txt2img
 from ldm.request import Request
 from ldm.resize import resized
@@ -202,6 +202,15 @@ def test_a_run_starts_from_the_picture_and_the_first_draw_of_the_seed():
     found = last(tiny("sd1"), request, Inputs(picture()))
     # Terms in another order: some digits of float32, of values up to 30.
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_brownian_noise_is_that_of_the_whole_schedule():
+    """As in the web UI: a run of a part of the levels sees a part of the path."""
+    run = plan(tiny("sd1"), replace(SMALL, sampler="DPM++ SDE", steps=20), Inputs(picture()))
+    _, noise, _ = start(tiny("sd1"), run, encode(tiny("sd1"), [picture()]))
+    whole = BrownianNoise(run.latent_shape, [7], sigma_min=run.levels[-2], sigma_max=run.levels[0])
+    assert run.sigmas[0] < run.levels[0]
+    assert torch.equal(noise(*run.sigmas[:2]), whole(*run.sigmas[:2]))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
