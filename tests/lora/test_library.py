@@ -77,7 +77,7 @@ def test_of_two_endings_safetensors_comes_first(folder: Path):
 def test_each_kind_has_its_folder(folder: Path):
     library = Library(hypernetworks=folder)
     assert library.hypernetwork("ann").name == "ann.safetensors"
-    with pytest.raises(LdmError, match="no folder with such files"):
+    with pytest.raises(LdmError, match="no folder with LoRA files"):
         library.lora("ann")
     with pytest.raises(LdmError, match="does not exist"):
         Library(embeddings=folder / "nowhere").embedding("ann")
