@@ -130,6 +130,15 @@ def test_objects_become_plain_data(tmp_path: Path) -> None:
         assert isinstance(found["complex numpy"], Opaque)
 
 
+def test_calls_without_arguments_are_empty_or_opaque(tmp_path: Path) -> None:
+    size, scalar = name("torch", "Size") + b")R", name("numpy.core.multiarray", "scalar") + b")R"
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(zipped(PROTO2 + b"}(" + text("size") + size + text("number") + scalar + b"u."))
+    found = formats.read_tree(path)
+    assert found["size"] == []
+    assert isinstance(found["number"], Opaque)
+
+
 def test_shared_storages_stay_shared_and_the_file_is_not_written(tmp_path: Path) -> None:
     base = torch.arange(4.0)
     path = saved({"a": base, "b": base[1:]}, tmp_path / "a.pt")
