@@ -39,11 +39,10 @@ def last(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Tensor
     return deque[Step](sample(models, request, inputs), maxlen=1).pop().x
 
 
-def refined_from(request: Request, models: Models | None = None) -> int:
+def refined_from(request: Request) -> int:
     """The first step of the refiner, found by which network runs."""
-    models = models or pair()
-    run = plan(models, request)
-    ours, base = (denoisers(one, run) for one in (models, replace(models, refiner=None)))
+    run = plan(pair(), replace(request, cfg_scale=1.0))
+    ours, base = (denoisers(one, run) for one in (pair(), tiny("sdxl")))
     x = torch.randn(1, 4, 3, 4)
     with torch.no_grad():
         same = [torch.equal(a(x, s), b(x, s)) for a, b, s in zip(ours, base, run.sigmas, strict=False)]
@@ -51,7 +50,7 @@ def refined_from(request: Request, models: Models | None = None) -> int:
     return sum(same)
 
 
-@pytest.mark.parametrize("sampler", ["Euler", "Euler Karras", "DDIM", "DPM++ 2M SDE", "UniPC"])
+@pytest.mark.parametrize("sampler", ["Euler", "Euler Karras", "DDIM", "UniPC"])
 @pytest.mark.parametrize("switch", [0.0, 0.3, 0.8, 1.0])
 def test_it_takes_over_by_the_training_step_as_in_the_web_ui(sampler: str, switch: float):
     """Whose rule is (999 - t) / 1000 > switch, t being the training step nearest to the noise level."""
