@@ -22,6 +22,7 @@ from ldm.models import Models
 from ldm.pipeline import picture, sample
 from ldm.planning import plan
 from ldm.request import Request
+from ldm.stepdown import out_of_memory
 
 
 class Exit(IntEnum):
@@ -244,12 +245,7 @@ def _told(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, LdmError | OSError):
         return str(error)
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return "out of memory; try a smaller picture, --batch-size 1 or --dtype float16"
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first} (--debug shows where)"
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # On the CPU, torch raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm import masks
 from ldm.controlnet import Control, Controlled, prepared
-from ldm.denoise import Conditioning, Denoise, Denoiser
+from ldm.denoise import Conditioning, Denoise, Denoiser, Network
 from ldm.families import Concat, Picture
 from ldm.finite import TEXT, finite
 from ldm.guidance import Guides, cfg, needs_negative
@@ -21,6 +21,7 @@ from ldm.latents import encoded
 from ldm.models import Models
 from ldm.networks import Networks
 from ldm.planning import Plan, autoencoder
+from ldm.stepdown import InParts
 from ldm.text import editing
 from ldm.text.prompt import compose
 
@@ -32,15 +33,16 @@ def denoisers(models: Models, run: Plan) -> list[Denoise]:
     refiner = models.refiner if run.second is None else None  # of two passes, the last one is refined
     # Embeddings are made for the text encoders of the base model; to the refiner, their names are words.
     refined = conditioning(refiner, replace(run, networks=Networks())) if refiner else base
+    ending = refiner and _patient(refiner, refiner.denoiser.network)
     schedule = models.denoiser.schedule
     last = len(schedule.sigmas) - 1
 
     @cache
     def controlled(active: tuple[int, ...]) -> Denoiser:
-        if not active:
-            return models.denoiser
-        network = Controlled(models.denoiser.network, [controls[i] for i in active])
-        return replace(models.denoiser, network=network)
+        network = models.denoiser.network
+        if active:
+            network = Controlled(network, [controls[i] for i in active])
+        return _patient(models, network)
 
     @cache
     def guided(denoiser: Denoiser, guides: Guides, away: Denoiser | None) -> Denoise:
@@ -61,14 +63,20 @@ def denoisers(models: Models, run: Plan) -> list[Denoise]:
 
     def at(step: int) -> Denoise:
         passed = (last - schedule.t(run.sigmas[step])) / (last + 1)
-        if refiner and passed > request.refiner_switch:
-            return guided(refiner.denoiser, refined[step], None)
+        if ending and passed > request.refiner_switch:
+            return guided(ending, refined[step], None)
         active = [i for i, one in enumerate(hints) if one.active(step, steps)]
         both = [i for i in active if hints[i].mode != "control"]
         away = controlled(tuple(both)) if both != active else None
         return guided(controlled(tuple(active)), base[step], away)
 
     return [at(step) for step in range(steps)]
+
+
+def _patient(models: Models, network: Network) -> Denoiser:
+    """The model's denoiser with this network, which takes a batch in parts where memory does not suffice."""
+    patient = InParts(network, models.denoiser.network, models.limits.rows)
+    return replace(models.denoiser, network=patient)
 
 
 def fitting(control: Control, run: Plan) -> Control:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldm import offload
 from ldm.errors import NotFiniteError
 from ldm.models import Models
 
@@ -70,6 +71,7 @@ def second_try(
         why = str(error).partition(",")[0]
     # Behind the block: there, the error would keep the tensors of the first try alive.
     logger.warning(f"{why} in half precision; the run is repeated in float32")
+    offload.leave(*modules)
     with _in_float32(modules):
         yield from run(_computing_in_float32(models))
 

@@ -27,6 +27,7 @@ from ldm.errors import CheckpointError, RequestError
 from ldm.formats import read_tree
 from ldm.formats.mapped import printable
 from ldm.models import Models
+from ldm.offload import device_of
 from ldm.unet import CrossAttention
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -105,7 +106,7 @@ def applied(models: Models, hypernetworks: Iterable[Use]) -> Iterator[None]:
     unet = models.unet
     attentions = [module for module in unet.modules() if isinstance(module, CrossAttention)]
     weights = {_width(a.to_k): a.to_k.weight for a in attentions}
-    steps = _steps(uses, weights, unet.config.context_dim)
+    steps = _steps(uses, weights, unet.config.context_dim, device_of(unet))
     exchanged: list[tuple[CrossAttention, str, nn.Module]] = []
     try:
         for attention in attentions:
@@ -142,9 +143,12 @@ def _width(projection: nn.Module) -> int:
 
 
 def _steps(
-    hypernetworks: Iterable[Use], weights: Mapping[int, Tensor], context_dim: int | None
+    hypernetworks: Iterable[Use],
+    weights: Mapping[int, Tensor],
+    context_dim: int | None,
+    device: torch.device,
 ) -> dict[int, list[tuple[Pair, float]]]:
-    """The networks to run for each width, in order, in the dtype and on the device of `weights`."""
+    """The networks to run for each width, in order, in the dtype of `weights`."""
     steps: dict[int, list[tuple[Pair, float]]] = {}
     for file, multiplier in hypernetworks:
         if not math.isfinite(multiplier):
@@ -160,7 +164,7 @@ def _steps(
             )
         for width, pair in hypernetwork.pairs.items():
             if width in weights:
-                k, v = (deepcopy(network).to(weights[width]) for network in pair)
+                k, v = (deepcopy(network).to(device, weights[width].dtype) for network in pair)
                 steps.setdefault(width, []).append(((k, v), multiplier))
     return steps
 

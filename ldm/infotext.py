@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import ldm
-from ldm import edit_text
+from ldm import edit_text, stepdown
 from ldm.compat import DEFAULT
 from ldm.edit_text import number
 from ldm.families import ClipPart, Concat
@@ -65,7 +65,7 @@ ABOUT_FILES = (
     *("Lora hashes", "TI hashes", "Hypernet hashes", "Hashes"),
     *("Refiner", "Init image hash", "Mask hash", "Depth hash"),
 )
-ABOUT_MODELS = ("Prediction", "EMA", "Precision")
+ABOUT_MODELS = ("Prediction", "EMA", "Precision", "Memory")
 REMARKS = (
     *("Version", "User", "Batch size", "Batch pos", "Created Date"),
     *("Civitai resources", "Civitai metadata", "Template", "Negative Template"),
@@ -198,6 +198,8 @@ def _fields(
         yield "EMA", "True"
     if models.denoiser.dtype.itemsize < 4:
         yield "Precision", str(models.denoiser.dtype).removeprefix("torch.")
+    if ways := stepdown.notes(*models.parts):
+        yield "Memory", quote("; ".join(ways))
     choices = {k: v for k, v in request.compat.differences().items() if k not in ("noise", "emphasis")}
     if choices:
         yield "Compatibility", quote(", ".join(f"{name}: {choice}" for name, choice in choices.items()))

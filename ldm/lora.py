@@ -25,6 +25,7 @@ from ldm.lora_deltas import Decomposed, Delta, Full, Hadamard, LowRank
 from ldm.lora_file import LoraFile, file_error, read, short_hash
 from ldm.lora_names import Place, locate, names, parts
 from ldm.models import Models
+from ldm.offload import leave
 
 __all__ = ["Coverage", "LoraFile", "Use", "applied", "coverage", "read", "short_hash"]
 
@@ -73,6 +74,7 @@ def applied(models: Models, loras: Iterable[Use]) -> Iterator[None]:
             _add(weight, changes)
         yield
     finally:
+        leave(models.denoiser.network, *models.text)
         for weight, changes in done:
             _remove(weight, changes)
 
@@ -107,6 +109,7 @@ def _plan(models: Models, loras: Iterable[Use]) -> list[tuple[nn.Parameter, list
     if not uses:  # then the network need not be a UNet
         return []
     known, networks = names(models), parts(models)
+    leave(*networks.values())
     plan: dict[Place, list[Change]] = {}
     for lora, unet, text in uses:
         for match in _match(models, lora, known)[0]:

@@ -15,6 +15,7 @@ from ldm.families.family import UNET, VAE, ClipPart, Family
 from ldm.files import sha256
 from ldm.formats import write_safetensors
 from ldm.library import NO_LIBRARY, Library
+from ldm.offload import device_of
 from ldm.text.bert import WordPiece
 from ldm.text.openclip_names import to_openclip
 from ldm.text.tokenizer import Tokenizer
@@ -25,6 +26,14 @@ from ldm.vae import AutoencoderKL, VQModel
 # the community write them.
 V_MARKER = "v_pred"
 ZERO_SNR_MARKER = "ztsnr"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much may be in memory at once; see ldm.memory, which finds the limits for a budget."""
+
+    rows: int | None = None  # of a batch that the UNet sees at once; None: all of them
+    whole: int = 6 * 2**30  # bytes up to which a picture is decoded whole; beyond, in strips, which is slower
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Models:
     ema: bool = False  # the UNet's weights are the averaged ones of that file
     library: Library = NO_LIBRARY  # where names in prompts are looked up
     refiner: "Models | None" = None  # takes over near the end of a run (SDXL), see Request.refiner_switch
+    limits: Limits = Limits()
 
     @property
     def unet(self) -> UNet:
@@ -50,12 +60,15 @@ class Models:
         return self.denoiser.network
 
     @property
+    def parts(self) -> tuple[object, ...]:
+        """Network, autoencoder and text encoders; the network need not be a module."""
+        return (self.denoiser.network, *([self.vae] if self.vae else []), *self.text)
+
+    @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        parts = (
-            part for part in (self.denoiser.network, self.vae, *self.text) if isinstance(part, nn.Module)
-        )
-        return next((p.device for part in parts for p in part.parameters()), torch.device("cpu"))
+        """Where the networks run."""
+        modules = (part for part in self.parts if isinstance(part, nn.Module))
+        return next(map(device_of, modules), torch.device("cpu"))
 
     @property
     def name(self) -> str:

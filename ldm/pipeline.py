@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import hires, masks, networks, soft_inpainting
+from ldm import hires, masks, networks, soft_inpainting, stepdown
 from ldm.conditioning import denoisers
 from ldm.controlnet import Control
 from ldm.families import Concat
@@ -42,6 +42,7 @@ def sample(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Iter
     LoRA files and hypernetworks that the prompt names change the model until the run ends or is closed: one
     run at a time on the same `models`.
     """
+    stepdown.forget(*models.parts)
     run = plan(models, request, inputs)
     upscaler = hires.load(models, run)  # now, as a mistyped name shall not cost a whole pass
     with texture(models, run):

@@ -15,6 +15,7 @@ from ldm.compat import DEFAULT, Compatibility
 from ldm.denoise import Conditioning, Prediction
 from ldm.errors import PromptError
 from ldm.families.infer import Shapes
+from ldm.offload import device_of
 from ldm.schedules import NoiseSchedule
 from ldm.text.bert import BertTextModel, WordPiece
 from ldm.text.chunks import BACKTRACK, EMPTY, Chunk, EmbeddingNames, chunks
@@ -260,7 +261,7 @@ def _has(shapes: Shapes, part: Part) -> bool:
 
 
 def _on(module: nn.Module, tokens: list[list[int]]) -> Tensor:
-    return torch.tensor(tokens, device=next(module.parameters()).device)
+    return torch.tensor(tokens, device=device_of(module))
 
 
 def _class_context(table: nn.Embedding, prompt: str, negative: bool) -> Tensor:

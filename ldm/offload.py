@@ -1,0 +1,97 @@
+"""Models larger than the graphics card: a part comes to the device to run, and goes when the next one comes.
+
+    models = ldm.load("sd_xl_base_1.0.safetensors", dtype=torch.float16)
+    models = offloaded(models, "cuda")               # the largest part fits the card
+    models = offloaded(models, "cuda", blocks=True)  # the largest block of the UNet does
+
+The weights stay where they were loaded, in main memory. What comes to the device is a copy that is thrown
+away, never written back: a part goes at no cost. Whoever changes weights (LoRA) calls `leave` first.
+"""
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ldm.unet import UNet
+
+if TYPE_CHECKING:
+    from ldm.models import Models
+
+
+@dataclass(eq=False)
+class Room:
+    """A device with place for the weights of one module at a time."""
+
+    device: torch.device
+    guest: nn.Module | None = None
+    home: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # the guest's own weights
+
+    def enter(self, module: nn.Module, *inputs: object) -> None:
+        """Make the module the guest, if it is not. If memory runs out, the room is left empty."""
+        if module is self.guest:
+            return
+        self.leave()
+        self.home = [(weight, weight.data) for weight in module.parameters()]
+        try:
+            for weight, own in self.home:
+                weight.data = own.to(self.device, copy=True)
+            self.guest = module
+        finally:
+            if self.guest is None:
+                self.leave()
+
+    def leave(self) -> None:
+        """Send the guest home."""
+        for weight, own in self.home:
+            weight.data = own
+        self.guest, self.home = None, []
+
+
+_ROOMS: MutableMapping[nn.Module, Room] = WeakKeyDictionary()  # of the parts that are offloaded
+
+
+def offloaded(models: "Models", device: torch.device | str, *, blocks: bool = False) -> "Models":
+    """The same models, which now run on `device`, one part at a time: text encoders, UNet, autoencoder.
+
+    blocks: of the UNet, too, one block at a time. A step then takes as long as the transfer of all weights.
+    A ControlNet is a network of its own, and stays where it was loaded.
+    """
+    room = Room(torch.device(device))
+    for one in (models, models.refiner):
+        if one is None:
+            continue
+        for unit in (*one.text, *(_blocks(one.unet) if blocks else (one.unet,))):
+            unit.register_forward_pre_hook(room.enter)
+        for part in (one.unet, *one.text, *([one.vae] if one.vae else [])):
+            _ROOMS[part] = room
+    return models
+
+
+def _blocks(unet: UNet) -> Iterator[nn.Module]:
+    """All that a UNet calls in turn."""
+    for part in unet.children():
+        yield from part if isinstance(part, nn.ModuleList) else (part,)
+
+
+def bring(module: nn.Module) -> None:
+    """For parts that are not only run by calling them, as autoencoders: bring one in, if it is offloaded."""
+    if module in _ROOMS:
+        _ROOMS[module].enter(module)
+
+
+def leave(*modules: object) -> None:
+    """Send weights home before they are changed. Does nothing for what is not offloaded."""
+    for module in modules:
+        if isinstance(module, nn.Module) and module in _ROOMS:
+            _ROOMS[module].leave()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module runs; the CPU if it has no weights."""
+    if module in _ROOMS:
+        return _ROOMS[module].device
+    return next((weight.device for weight in module.parameters()), torch.device("cpu"))
