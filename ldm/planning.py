@@ -130,7 +130,14 @@ def _pass(models: Models, request: Request, inputs: Inputs, width: int, height: 
     total, made = (
         schedules.part_of_run(steps, strength, request.compat.strength) if strength else (steps, None)
     )
-    levels = _levels(models, request, sampler, total, spacing)
+    try:
+        levels = _levels(models, request, sampler, total, spacing)
+    except RequestError as error:
+        if total == steps:
+            raise
+        raise RequestError(
+            f"exactly {steps} steps at strength {strength:g} are the end of {total}, which do not exist: {error}"
+        ) from None
     sigmas, noised = (levels, levels[0]) if made is None else _visited(levels, made, request)
     negative_prompt = without_comments(request.negative_prompt)
     prompt, found = networks.find(models, without_comments(request.prompt), negative_prompt)
