@@ -136,7 +136,7 @@ def _pass(models: Models, request: Request, inputs: Inputs, width: int, height: 
         if total == steps:
             raise
         raise RequestError(
-            f"exactly {steps} steps at strength {strength:g} are the end of {total}, which do not exist: {error}"
+            f"exactly {steps} steps at strength {strength:g} are the last of {total}, too many: {error}"
         ) from None
     sigmas, noised = (levels, levels[0]) if made is None else _visited(levels, made, request)
     negative_prompt = without_comments(request.negative_prompt)
