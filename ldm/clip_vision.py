@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.clip_layers import Encoder, LayerConfig
 from ldm.text.openclip_names import to_hf
 
 
@@ -46,69 +46,6 @@ class Embeddings(nn.Module):
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; unlike the text encoder's, every token sees all. (B, N, D) -> the same."""
-
-    def __init__(self, config: ClipVisionConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.q_proj = nn.Linear(config.width, config.width)
-        self.k_proj = nn.Linear(config.width, config.width)
-        self.v_proj = nn.Linear(config.width, config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(h.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Two layers. (B, N, D) -> the same."""
-
-    def __init__(self, config: ClipVisionConfig) -> None:
-        super().__init__()
-        self.quick_gelu = config.quick_gelu
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.fc1(x)
-        h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)
-        return self.fc2(h)
-
-
-class Layer(nn.Module):
-    """Attention and MLP, each behind a layer norm and around a shortcut. (B, N, D) -> the same."""
-
-    def __init__(self, config: ClipVisionConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width)
-        self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.width)
-        self.mlp = Mlp(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class Encoder(nn.Module):
-    """The layers in a row. (B, N, D) -> the same."""
-
-    def __init__(self, config: ClipVisionConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class Transformer(nn.Module):
     """Everything but the projection. (B, 3, S, S) -> (B, D), the state of the token in front."""
 
@@ -116,7 +53,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.width)  # misspelt as in the files
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(
+            LayerConfig(
+                width=config.width,
+                mlp_width=config.mlp_width,
+                layers=config.layers,
+                heads=config.heads,
+                quick_gelu=config.quick_gelu,
+                causal=False,
+            )
+        )
         self.post_layernorm = nn.LayerNorm(config.width)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ldm.clip_layers import Layer
 from ldm.models import Models
 from ldm.rename import to_diffusers
-from ldm.text.clip import ClipTextModel, Layer
+from ldm.text.clip import ClipTextModel
 from ldm.unet import Downsample, ResBlock, SpatialTransformer, Upsample
 
 

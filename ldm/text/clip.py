@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ldm.clip_layers import Encoder, LayerConfig
 from ldm.errors import RequestError
 
 
@@ -66,71 +66,22 @@ class Embeddings(nn.Module):
         return x + self.position_embedding.weight[: tokens.shape[1]]
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention: a token sees itself and earlier ones. (B, N, D) -> the same."""
-
-    def __init__(self, config: ClipTextConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.q_proj = nn.Linear(config.width, config.width)
-        self.k_proj = nn.Linear(config.width, config.width)
-        self.v_proj = nn.Linear(config.width, config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(h.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Two layers, four times as wide inside. (B, N, D) -> the same."""
-
-    def __init__(self, config: ClipTextConfig) -> None:
-        super().__init__()
-        self.quick_gelu = config.quick_gelu
-        self.fc1 = nn.Linear(config.width, 4 * config.width)
-        self.fc2 = nn.Linear(4 * config.width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.fc1(x)
-        h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)
-        return self.fc2(h)
-
-
-class Layer(nn.Module):
-    """Attention and MLP, each behind a layer norm and around a shortcut. (B, N, D) -> the same."""
-
-    def __init__(self, config: ClipTextConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width)
-        self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.width)
-        self.mlp = Mlp(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class Encoder(nn.Module):
-    """The layers in a row; `Transformer` runs as many as are wanted."""
-
-    def __init__(self, config: ClipTextConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-
-
 class Transformer(nn.Module):
     """Everything but the projection of the pooled vector, under the name that all its weights share."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(
+            LayerConfig(
+                width=config.width,
+                mlp_width=4 * config.width,
+                layers=config.layers,
+                heads=config.heads,
+                quick_gelu=config.quick_gelu,
+                causal=True,
+            )
+        )
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def forward(

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.clip_layers import Encoder
 from ldm.denoise import Conditioning, Prediction
 from ldm.errors import LdmError
 from ldm.families import ClipPart
 from ldm.files import atomic_write
 from ldm.formats import write_safetensors
 from ldm.models import Models
-from ldm.text.clip import ClipTextModel, Encoder
+from ldm.text.clip import ClipTextModel
 from ldm.text.tokenizer import Tokenizer
 from ldm.training.diffusion import stratified_timesteps
 from ldm.training.loop import LoopConfig, Run, averaged, rank_and_world
