@@ -1,11 +1,12 @@
 """Tell in words what pictures show, as a prompt.
 
-    python scripts/interrogate.py picture.png --clip open_clip_model.safetensors
-    python scripts/interrogate.py photos/ --clip vit-l-14.safetensors --words my-lists/ --weights
+    python scripts/interrogate.py apple.png
+    python scripts/interrogate.py photos/ --clip open_clip_model.safetensors --words my-lists/ --weights
     python scripts/interrogate.py picture.png --tagger wd-v1-4-tagger.onnx
 
-CLIP chooses among word lists: those for the embedded model, or your own. A tagger brings its own words. One
-line a picture goes to stdout, with the picture's path before it if there are several.
+A model that draws, the embedded one if none is named, or CLIP chooses among word lists: those for the
+embedded model, or your own. A tagger brings its own words. One line a picture goes to stdout, with the
+picture's path before it if there are several.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.Parser("interrogate", __doc__, "picture ...")
     p.add_argument("pictures", nargs="+", type=Path, metavar="picture", help="files, and folders of them")
 
-    clip = p.add_argument_group("by CLIP, see docs/interrogate.md")
-    clip.add_argument("--clip", type=Path, metavar="FILE", help="a CLIP model, of open_clip or transformers")
-    clip.add_argument("--words", type=Path, metavar="FOLDER", help="of word lists (default: our own)")
+    lists = p.add_argument_group("among word lists, see docs/interrogate.md")
+    lists.add_argument("--ckpt", type=Path, metavar="FILE", help="ask a model that draws (default: embedded)")
+    lists.add_argument(
+        "--clip", type=Path, metavar="FILE", help="ask CLIP: a file of open_clip, transformers"
+    )
+    lists.add_argument("--words", type=Path, metavar="FOLDER", help="of word lists (default: our own)")
+    lists.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+
+    clip = p.add_argument_group("only with CLIP")
     clip.add_argument("--weights", action="store_true", help="write each word with its share of its list")
     clip.add_argument(
         "--quick-gelu",
         action=argparse.BooleanOptionalAction,
         help="the activation of OpenAI's models (default: yes in the layout of transformers up to ViT-L)",
     )
-    clip.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
 
     tagger = p.add_argument_group("by a tagger")
     tagger.add_argument("--tagger", type=Path, metavar="FILE", help=".onnx, with its list of tags beside it")
@@ -47,23 +53,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     p.add_argument("--debug", action="store_true", help="show where an error comes from")
     a = p.parse_args(argv)
-    if (a.clip is None) == (a.tagger is None):
-        p.error("give a CLIP model with --clip, or a tagger with --tagger")
+    if sum(file is not None for file in (a.ckpt, a.clip, a.tagger)) > 1:
+        p.error("give one of --ckpt, --clip and --tagger")
+    if a.clip is None and (a.weights or a.quick_gelu is not None):
+        p.error("--weights and --quick-gelu need --clip")
     return a
 
 
 def reader(a: argparse.Namespace) -> Callable[[Image], str]:
     """What turns a picture into words. Raises LdmError if a file does not fit."""
-    from ldm import cli, interrogate
+    import ldm
+    from ldm import cli, diffusion_classifier, interrogate
     from ldm.tagger import load_tagger
 
-    if a.clip is None:
+    if a.tagger is not None:
         tagger = load_tagger(a.tagger, a.tags)
         left_out = [tag.strip() for tag in a.leave_out.split(",") if tag.strip()]
         return lambda image: tagger.prompt(image, threshold=a.threshold, leave_out=left_out)
-    categories = interrogate.read_categories(a.words or interrogate.WORDS)
-    clip = interrogate.load_clip(a.clip, quick_gelu=a.quick_gelu, device=cli.device(a.device))
-    return lambda image: interrogate.interrogate(clip, image, categories, weights=a.weights)
+    categories, device = interrogate.read_categories(a.words or interrogate.WORDS), cli.device(a.device)
+    if a.clip is not None:
+        clip = interrogate.load_clip(a.clip, quick_gelu=a.quick_gelu, device=device)
+        return lambda image: interrogate.interrogate(clip, image, categories, weights=a.weights)
+    models = ldm.load(a.ckpt, device=device)
+    return lambda image: diffusion_classifier.interrogate(models, image, categories)
 
 
 def run(a: argparse.Namespace) -> int:
@@ -72,7 +84,7 @@ def run(a: argparse.Namespace) -> int:
     from ldm.errors import LdmError
     from ldm.images import read_picture
 
-    flags.exist(a.clip, a.tagger, a.tags)
+    flags.exist(a.ckpt, a.clip, a.tagger, a.tags)
     flags.exist_folders(a.words)
     pictures = flags.pictures(a.pictures)
     read, failed = reader(a), 0

@@ -158,7 +158,7 @@ def test_lists_are_read_by_name(tmp_path: Path):
 
 def test_our_lists_hold_words_of_the_embedded_models_captions():
     thing, style, background = read_categories(WORDS)
-    assert {"red apple", "dog", "rocket"} <= set(thing.words)
+    assert {"red apple", "dog", "rocket", "alien", "red heart"} <= set(thing.words)
     assert all(word.endswith(" style") for word in style.words)
     assert "blue background" in background.words
 
