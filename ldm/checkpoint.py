@@ -246,6 +246,13 @@ def build(
             f"{len(wrong)} {part} weights have a wrong shape, first: {_few(wrong[:1])} is {shape}, "
             f"not {right}"
         )
+    strange = [name for name in expected if not given[name].is_floating_point()]
+    if strange:
+        kind = str(given[strange[0]].dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{len(strange)} {part} weights are of a kind that is not used, first: {_few(strange[:1])} "
+            f"is {kind}; get the file in float16 or float32"
+        )
     converted = {name: w.to(device, dtype) for name, w in given.items()}
     # One number tells of a whole tensor. A weight may also have become infinite just now, in float16.
     broken = [name for name, w in converted.items() if not torch.isfinite(w.sum(dtype=torch.float32))]

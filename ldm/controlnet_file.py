@@ -13,7 +13,7 @@ from ldm.checkpoint import build, named, shapes_of
 from ldm.controlnet import ControlNet, ControlNetConfig, check_fit
 from ldm.errors import CheckpointError, RequestError
 from ldm.families.family import strip
-from ldm.families.infer import Shapes, length, unet_config
+from ldm.families.infer import Shapes, length, reading, unet_config
 from ldm.formats import read
 from ldm.models import Models
 from ldm.rename import from_diffusers
@@ -102,8 +102,10 @@ def controlnet_config(shapes: Shapes, *, num_heads: int | None, head_dim: int | 
     unet = unet_config(with_output, num_heads=num_heads, head_dim=head_dim)
     # The convolutions are at 0, 2, 4, ...: one, two for each halving, and one to the width of the UNet.
     widths: list[int] = []
-    while f"input_hint_block.{4 * len(widths) + 2}.weight" in shapes:
-        widths.append(shapes[f"input_hint_block.{4 * len(widths)}.weight"][0])
-    if (channels := shapes["input_hint_block.0.weight"][1]) != 3:
+    with reading("ControlNet"):
+        while f"input_hint_block.{4 * len(widths) + 2}.weight" in shapes:
+            widths.append(shapes[f"input_hint_block.{4 * len(widths)}.weight"][0])
+        channels = shapes["input_hint_block.0.weight"][1]
+    if channels != 3:
         raise CheckpointError(f"this ControlNet wants a hint of {channels} channels; a picture has 3")
     return ControlNetConfig(unet=unet, hint_widths=tuple(widths))

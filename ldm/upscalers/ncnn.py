@@ -48,16 +48,15 @@ def read_ncnn(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         lines = [line.split() for line in path.read_text("utf-8").splitlines()]
         layers = list(_layers(lines, weights.read_bytes()))
-        names = _names([layer.bias is None for layer in layers], lines)
+        found: dict[str, Tensor] = {}
+        for name, layer in zip(_names([layer.bias is None for layer in layers], lines), layers, strict=True):
+            found[f"{name}.weight"] = layer.weight
+            if layer.bias is not None:
+                found[f"{name}.bias"] = layer.bias
     except CheckpointError as error:
         raise CheckpointError(f"{printable(path.name)}: {error}") from None
-    except (ValueError, IndexError, KeyError):
+    except (ValueError, IndexError, KeyError, OverflowError, RuntimeError):
         raise CheckpointError(f"{printable(path.name)} is no ncnn network, or damaged") from None
-    found: dict[str, Tensor] = {}
-    for name, layer in zip(names, layers, strict=True):
-        found[f"{name}.weight"] = layer.weight
-        if layer.bias is not None:
-            found[f"{name}.bias"] = layer.bias
     return found
 
 
@@ -69,6 +68,8 @@ def _layers(lines: list[list[str]], data: bytes) -> Iterator[Layer]:
 
     def take(count: int, dtype: type[np.generic]) -> Tensor:
         nonlocal position
+        if count < 0:  # which numpy takes for all
+            raise ValueError
         values = np.frombuffer(data, dtype, count, position).copy()  # raises ValueError beyond the end
         position += -(-values.nbytes // 4) * 4  # each block begins at a multiple of four bytes
         return torch.from_numpy(values)

@@ -1,6 +1,7 @@
 """Random damage to good files: each outcome is tensors or one CheckpointError, in little time.
 
-`python -m tests.hostile.fuzz SECONDS [SEED]` looks for longer than the test does, and writes what it finds.
+`python -m tests.hostile.fuzz SECONDS [SEED]` looks for longer than the tests do, and writes what it finds. A
+third of the time is for sound files with other weights than a reader expects, see readers.py.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 
 from ldm import formats
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, LdmError
 from ldm.formats.pickle_reader import OPCODES
 from tests.hostile.build import FLOATS, legacy, name, safetensors, state_dict, tensor, text, zipped
+from tests.hostile.readers import altered, readers, save
 
 SECONDS = 2.0  # of processor time for one file
 NAMES = (
@@ -161,7 +163,33 @@ def run(folder: Path, seed: int, files: int | None = None, seconds: float = 0.0)
     return count
 
 
+def run_readers(folder: Path, seed: int, seconds: float) -> int:
+    """Give wrong weights to every reader. Returns how many files were tried."""
+    rng, count, start = random.Random(seed), 0, time.monotonic()
+    while time.monotonic() - start < seconds:
+        weights, read = rng.choice(list(readers().values()))
+        path = save(folder / "fuzz.safetensors", altered(rng, weights))
+        try:
+            read(path)
+        except LdmError as error:
+            assert str(error).isprintable()  # noqa: PT017
+            assert len(str(error)) <= 200  # noqa: PT017
+        except BaseException:
+            path.replace("fuzz-finding.safetensors")
+            raise
+        count += 1
+    return count
+
+
+def main() -> None:
+    seconds = float(sys.argv[1])
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 32)
+    print(f"seed {seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        files = run(Path(folder), seed, seconds=seconds * 2 / 3)
+        print(f"{files} damaged files, no finding")
+        print(f"{run_readers(Path(folder), seed, seconds / 3)} files of wrong weights, no finding")
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        chosen = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 32)
-        print(f"seed {chosen}: {run(Path(temporary), chosen, seconds=float(sys.argv[1]))} files, no finding")
+    main()

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from ldm import formats
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, LdmError
 from ldm.formats.mapped import MappedFile
 from tests.hostile.build import state_dict, tensor, zipped
 from tests.hostile.fuzz import run
 from tests.hostile.pickles import calls
+from tests.hostile.readers import readers
 from tests.hostile.samples import hostile_files, mistakes
 
 SECONDS = 1.0 if sys.gettrace() is None else 10.0  # of processor time for one refusal; measuring takes time
@@ -82,6 +83,19 @@ def test_every_hostile_file_is_refused_in_one_line(
         assert path.name[:40] in message, name
         assert not marker.exists(), name
         path.unlink()
+
+
+@pytest.mark.parametrize("kind", list(readers()))
+def test_every_reader_of_the_library_refuses_them_too(
+    kind: str, tmp_path: Path, marker: Path, hostile: dict[str, bytes]
+) -> None:
+    """A part of them, as all are read by `formats.read` in the end."""
+    for name in sorted(hostile)[::40]:
+        with pytest.raises(LdmError) as error:
+            readers()[kind].read(write(tmp_path / name, hostile[name]))
+        assert str(error.value).isprintable(), name
+        assert len(str(error.value)) <= 200, name
+        assert not marker.exists(), name
 
 
 def write(path: Path, content: bytes) -> Path:
