@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.images import to_pil
 from ldm.latents import decode, encode
 from ldm.models import Models
-from ldm.planning import Plan, autoencoder
+from ldm.planning import Plan, autoencoder, step_of_sizes
 from ldm.upscalers import Upscaler, enlarged, upscaler_named
 
 LATENT_MODES: Mapping[str, tuple[str, bool]] = MappingProxyType(
@@ -44,9 +44,10 @@ def larger_latents(models: Models, run: Plan, latents: Tensor, upscaler: Upscale
         return encode(models, [larger_picture(models, run, latent, upscaler) for latent in latents])
     mode, antialias = LATENT_MODES[run.request.hires.upscaler]
     factor = autoencoder(models).config.factor
-    width, height = (side // factor for side in run.request.hires.target(run.width, run.height, factor))
+    step = step_of_sizes(models, run.request)
+    width, height = (side // factor for side in run.request.hires.target(run.width, run.height, step))
     latents = F.interpolate(latents, size=(height, width), mode=mode, antialias=antialias)
-    w, h = (side // factor for side in run.request.hires.size(run.width, run.height, factor))
+    w, h = (side // factor for side in run.request.hires.size(run.width, run.height, step))
     left, top = (width - w) // 2, (height - h) // 2
     return latents[:, :, top : top + h, left : left + w]
 
@@ -60,9 +61,9 @@ def larger_picture(models: Models, run: Plan, latent: Tensor, upscaler: Upscaler
     image = to_pil(decode(models, latent.unsqueeze(0))[0], truncate=run.request.compat.truncate_8bit)
     if upscaler is None:
         return image
-    factor = autoencoder(models).config.factor
-    width, height = hires.target(run.width, run.height, factor)
+    step = step_of_sizes(models, run.request)
+    width, height = hires.target(run.width, run.height, step)
     image = enlarged(image, upscaler, width, height)
-    w, h = hires.size(run.width, run.height, factor)
+    w, h = hires.size(run.width, run.height, step)
     left, top = (width - w) // 2, (height - h) // 2
     return image.crop((left, top, left + w, top + h))

@@ -84,7 +84,7 @@ def plan(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Plan:
     Raises RequestError, PromptError or SamplerError if the request does not fit the model, LdmError if a part
     or a file is missing.
     """
-    family, vae = models.family, autoencoder(models)
+    family = models.family
     if family.parts and not models.text:
         raise LdmError(
             f"{models.name} holds no text encoder; load a whole checkpoint and put this UNet into it: "
@@ -93,13 +93,12 @@ def plan(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Plan:
     if inputs.picture is not None and request.edit is None:
         request = replace(request, edit=Edit())
     _check_inputs(models, request, inputs)
-    factor = vae.config.factor
-    width, height = _size(models, request, inputs, factor)
+    width, height = _size(models, request, inputs, step_of_sizes(models, request))
     run = _pass(models, request, inputs, width, height)
     if request.hires is None:
         return run
     hires = request.hires
-    width, height = hires.size(run.width, run.height, factor)
+    width, height = hires.size(run.width, run.height, step_of_sizes(models, request))
     second = replace(
         request,
         prompt=hires.prompt or request.prompt,
@@ -176,7 +175,15 @@ def _check_inputs(models: Models, request: Request, inputs: Inputs) -> None:
         raise RequestError(f"{family.title} takes no depth picture; a depth ControlNet does")
 
 
-def _size(models: Models, request: Request, inputs: Inputs, factor: int) -> tuple[int, int]:
+def step_of_sizes(models: Models, request: Request) -> int:
+    """What widths and heights are multiples of, in pixels.
+
+    The edges of a texture meet only where every level of the UNet has whole pixels, too.
+    """
+    return autoencoder(models).config.factor * (models.unet.config.factor if request.tiling else 1)
+
+
+def _size(models: Models, request: Request, inputs: Inputs, multiple: int) -> tuple[int, int]:
     """Width and height of the (first) pass."""
     usual, picture = models.default_size, inputs.picture
     if request.edit is not None and inputs.mask is not None and request.edit.only_masked:
@@ -184,15 +191,16 @@ def _size(models: Models, request: Request, inputs: Inputs, factor: int) -> tupl
     width, height = request.width, request.height
     if picture is not None and not (width and height):
         if not width and not height:
-            return fitted(picture, usual, factor)
+            return fitted(picture, usual, multiple)
         share = (width or 0) / picture.width or (height or 0) / picture.height
-        width = width or max(round(picture.width * share / factor), 1) * factor
-        height = height or max(round(picture.height * share / factor), 1) * factor
+        width = width or max(round(picture.width * share / multiple), 1) * multiple
+        height = height or max(round(picture.height * share / multiple), 1) * multiple
     width, height = width or usual, height or usual
     for name, value in (("width", width), ("height", height)):
-        if value % factor:
-            near = max(round(value / factor), 1) * factor
-            raise RequestError(f"{name} must be a multiple of {factor}, got {value}; try {near}")
+        if value % multiple:
+            near = max(round(value / multiple), 1) * multiple
+            why = " for a texture" if request.tiling else ""
+            raise RequestError(f"{name} must be a multiple of {multiple}{why}, got {value}; try {near}")
     return width, height
 
 

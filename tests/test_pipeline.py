@@ -369,3 +369,10 @@ def test_text2image_large_reads_words_once_it_has_a_vocabulary(tmp_path):
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "apple"]))
     assert txt2img(replace(models, tokenizer=WordPiece(vocabulary)), SMALL)[0].size == (32, 24)
+
+
+def test_a_texture_has_a_size_at_which_its_edges_meet():
+    request = Request(width=40, height=64, tiling=True)
+    with pytest.raises(RequestError, match="width must be a multiple of 16 for a texture, got 40; try 32"):
+        plan(tiny("sd1"), request)
+    plan(tiny("sd1"), replace(request, tiling=False))
