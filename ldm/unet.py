@@ -187,11 +187,11 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, size: Sequence[int]) -> Tensor:
         qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3C, L)
         # The channels are laid out [q k v][heads] in the new order, [heads][q k v] in the old one. q, k and v
-        # become (B, heads, L, C/heads).
+        # become (B, heads, L, C/heads), copied, as torch would build the (L, L) matrix for other strides.
         if self.new_order:
-            q, k, v = qkv.unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)
+            q, k, v = qkv.unflatten(1, (3, self.heads, -1)).transpose(3, 4).contiguous().unbind(1)
         else:
-            q, k, v = qkv.unflatten(1, (self.heads, 3, -1)).transpose(3, 4).unbind(2)
+            q, k, v = qkv.unflatten(1, (self.heads, 3, -1)).transpose(3, 4).contiguous().unbind(2)
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)  # (B, C, L)
         return x + self.proj_out(h).unflatten(2, x.shape[2:])
 
