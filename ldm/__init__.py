@@ -17,6 +17,7 @@ from ldm.inputs import Inputs
 from ldm.latents import decode
 from ldm.library import Library
 from ldm.models import Models
+from ldm.optimization import optimize
 from ldm.pipeline import img2img, inpaint, pictures, sample, txt2img
 from ldm.planning import plan
 from ldm.reproduce import diff, replay
@@ -53,6 +54,7 @@ __all__ = [
     "load_controlnet",
     "load_upscaler",
     "load_vae",
+    "optimize",
     "pictures",
     "plan",
     "read_picture",
