@@ -380,6 +380,6 @@ def parse(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Delta], list[str]]:
 
 
 def _number(name: str, tensor: Tensor) -> float:
-    if tensor.numel() != 1 or not math.isfinite(number := float(tensor)):
+    if tensor.numel() != 1 or tensor.is_complex() or not math.isfinite(number := float(tensor)):
         raise CheckpointError(f"{name} is not a number")
     return number

@@ -134,7 +134,7 @@ def adapter_config(shapes: Shapes) -> AdapterConfig:
         blocks = length(shapes, "body.0.body.{}.block1.weight") if light else count // len(SOFT)
         names = [f"body.{i}.out_conv.weight" if light else f"body.{i}.block1.weight" for i in range(count)]
         widths = [shapes[name][0] for name in names]
-    if channels not in (1, 3) or count % len(SOFT) or (light and count != len(SOFT)):
+    if channels not in (1, 3) or not count or count % len(SOFT) or (light and count != len(SOFT)):
         raise CheckpointError("this T2I-Adapter is of another kind, such as SDXL's, which ldm does not read")
     return AdapterConfig(
         hint_channels=channels,

@@ -7,10 +7,12 @@ third of the time is for sound files with other weights than a reader expects, s
 from __future__ import annotations
 
 import io
+import logging
 import random
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -185,6 +187,8 @@ def main() -> None:
     seconds = float(sys.argv[1])
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 32)
     print(f"seed {seed}")
+    logging.disable(logging.WARNING)  # of weights that a reader leaves out
+    warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         files = run(Path(folder), seed, seconds=seconds * 2 / 3)
         print(f"{files} damaged files, no finding")
