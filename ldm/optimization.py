@@ -56,7 +56,7 @@ def optimize(what: Models | nn.Module, on: bool = True) -> None:
     old, new = kinds if on else kinds[::-1]
     for module in (m for part in parts if isinstance(part, nn.Module) for m in part.modules()):
         if type(module) is old:
-            module.__class__ = new
+            module.__class__ = new  # type: ignore[assignment]
             if not on:
                 _TRANSFORMED.pop(module.get_parameter("weight"), None)
 
