@@ -24,6 +24,7 @@ from ldm.formats import WeightFile, read
 from ldm.formats.mapped import printable
 from ldm.library import NO_LIBRARY, Library
 from ldm.models import V_MARKER, ZERO_SNR_MARKER, Models
+from ldm.storage import prepare
 from ldm.text.bert import BertTextModel, WordPiece
 from ldm.text.clip import ClipTextModel
 from ldm.text.openclip_names import to_hf
@@ -66,6 +67,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     vae: str | os.PathLike[str] | None = None,
+    storage: torch.dtype | None = None,
     prediction: Prediction | str | None = None,
     ema: bool = False,
     vocabulary: str | os.PathLike[str] | None = None,
@@ -77,6 +79,7 @@ def load(
         model.
     dtype: of UNet and text encoders; None: float16 on CUDA, else float32. The VAE is always float32: some
         overflow in float16, and it runs once.
+    storage: in which to hold the large weights, to save memory, see ldm.storage; None: in those.
     vae: another file to take the autoencoder from.
     prediction: "eps" or "v", to overrule what the file says.
     ema: take the averaged UNet weights, where the file holds both.
@@ -100,9 +103,9 @@ def load(
         weights = _with_averages(weights, source)
     try:
         family = recognise({name: tuple(w.shape) for name, w in weights.items()})
-        unet = _unet(weights, family, device, dtype)
-        autoencoder = None if vae is not None else _vae(strip(weights, VAE), family.scale, device)
-        encoders = _encoders(weights, family, device, dtype)
+        unet = _unet(weights, family, device, dtype, storage)
+        autoencoder = None if vae is not None else _vae(strip(weights, VAE), family.scale, device, storage)
+        encoders = _encoders(weights, family, device, dtype, storage)
     except CheckpointError as error:
         raise named(source, error) from None
     if vae is not None:
@@ -217,9 +220,17 @@ def _with_averages(weights: Mapping[str, Tensor], source: Path) -> dict[str, Ten
 
 
 def build(
-    make: Callable[[], M], weights: Mapping[str, Tensor], part: str, device: torch.device, dtype: torch.dtype
+    make: Callable[[], M],
+    weights: Mapping[str, Tensor],
+    part: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    storage: torch.dtype | None = None,
 ) -> M:
-    """A module with these weights: built on meta, every name and shape checked, assigned."""
+    """A module with these weights: built on meta, every name and shape checked, assigned.
+
+    storage: the dtype to hold the large weights in; None: `dtype`, like the others.
+    """
     try:
         with torch.device("meta"):
             module = make()
@@ -253,9 +264,10 @@ def build(
             f"{len(strange)} {part} weights are of a kind that is not used, first: {_few(strange[:1])} "
             f"is {kind}; get the file in float16 or float32"
         )
-    converted = {name: w.to(device, dtype) for name, w in given.items()}
+    large = {*prepare(module)} if storage else ()
+    converted = {name: w.to(device, storage if name in large else dtype) for name, w in given.items()}
     # One number tells of a whole tensor. A weight may also have become infinite just now, in float16.
-    broken = [name for name, w in converted.items() if not torch.isfinite(w.sum(dtype=torch.float32))]
+    broken = [name for name, w in converted.items() if not torch.isfinite(_sum(w))]
     if broken:
         raise CheckpointError(
             f"{len(broken)} {part} weights hold NaN or infinity (as {str(dtype).removeprefix('torch.')}), "
@@ -263,6 +275,10 @@ def build(
         )
     module.load_state_dict(converted, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def _sum(w: Tensor) -> Tensor:
+    return w.sum(dtype=torch.float32) if w.itemsize > 1 else w.float().sum()  # no sums of 8 bits
 
 
 def _few(names: Iterable[str]) -> str:
@@ -274,39 +290,57 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(w.shape) for name, w in weights.items()}
 
 
-def _unet(weights: Mapping[str, Tensor], family: Family, device: torch.device, dtype: torch.dtype) -> UNet:
+def _unet(
+    weights: Mapping[str, Tensor],
+    family: Family,
+    device: torch.device,
+    dtype: torch.dtype,
+    storage: torch.dtype | None,
+) -> UNet:
     own = strip(weights, UNET)
     config = unet_config(shapes_of(own), num_heads=family.num_heads, head_dim=family.head_dim)
-    return build(lambda: UNet(config), own, "UNet", device, dtype)
+    return build(lambda: UNet(config), own, "UNet", device, dtype, storage)
 
 
-def _vae(weights: Mapping[str, Tensor], scale: float, device: torch.device) -> AutoencoderKL | VQModel | None:
+def _vae(
+    weights: Mapping[str, Tensor], scale: float, device: torch.device, storage: torch.dtype | None = None
+) -> AutoencoderKL | VQModel | None:
     if "encoder.conv_in.weight" not in weights and "decoder.conv_in.weight" not in weights:
         return None
     config = vae_config(shapes_of(weights), scale=scale)
     kind = AutoencoderKL if config.codebook_size is None else VQModel
-    return build(lambda: kind(config), weights, "VAE", device, torch.float32)
+    return build(lambda: kind(config), weights, "VAE", device, torch.float32, storage)
 
 
 def _encoders(
-    weights: Mapping[str, Tensor], family: Family, device: torch.device, dtype: torch.dtype
+    weights: Mapping[str, Tensor],
+    family: Family,
+    device: torch.device,
+    dtype: torch.dtype,
+    storage: torch.dtype | None,
 ) -> tuple[TextEncoder, ...]:
     """The text encoders; none for a file that holds only a UNet."""
     if not any(strip(weights, part.prefix) for part in family.parts):
         return ()
-    return tuple(_encoder(strip(weights, part.prefix), part, device, dtype) for part in family.parts)
+    return tuple(_encoder(strip(weights, part.prefix), part, device, dtype, storage) for part in family.parts)
 
 
-def _encoder(own: Mapping[str, Tensor], part: Part, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def _encoder(
+    own: Mapping[str, Tensor],
+    part: Part,
+    device: torch.device,
+    dtype: torch.dtype,
+    storage: torch.dtype | None,
+) -> TextEncoder:
     match part:
         case ClipPart():
             if part.openclip:
                 own = to_hf(own)
             clip = clip_config(shapes_of(own), quick_gelu=part.quick_gelu)
-            return build(lambda: ClipTextModel(clip), own, "text encoder", device, dtype)
+            return build(lambda: ClipTextModel(clip), own, "text encoder", device, dtype, storage)
         case BertPart():
             bert = bert_config(shapes_of(own))
-            return build(lambda: BertTextModel(bert), own, "text encoder", device, dtype)
+            return build(lambda: BertTextModel(bert), own, "text encoder", device, dtype, storage)
         case ClassPart():
             count, width = own["weight"].shape
             return build(lambda: nn.Embedding(count, width), own, "class table", device, dtype)

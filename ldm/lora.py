@@ -126,7 +126,7 @@ def _add(weight: nn.Parameter, changes: list[Change]) -> None:
         _MERGED[weight] = Merged(weight.clone(), [])
     _MERGED[weight].changes.extend(changes)
     merged = _sum(*_MERGED[weight]).to(weight.dtype)
-    if not merged.isfinite().all():
+    if not merged.float().isfinite().all():
         dtype = str(weight.dtype).removeprefix("torch.")
         raise CheckpointError(f"with these LoRA files a weight overflows in {dtype}; use smaller multipliers")
     weight.copy_(merged)
