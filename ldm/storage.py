@@ -2,9 +2,9 @@
 
     models = ldm.load("v1-5-pruned-emaonly.safetensors", storage=torch.float16)
 
-Each layer brings its weight to the dtype of its input when it runs, and drops that copy after it. So a file in
-half precision takes no more memory than it has bytes, on a CPU that computes in float32, and the pictures are
-the same to the bit. In torch.float8_e4m3fn it takes half of that, and draws other pictures: 8 bits leave a
+Each layer brings its weight to the dtype of its input when it runs, and drops that copy after it. So a file
+in half precision takes no more memory than it has bytes, on a CPU that computes in float32, and the pictures
+are the same to the bit. In torch.float8_e4m3fn it takes half of that, and draws other pictures: 8 bits leave a
 weight hardly two decimal digits (Micikevicius et al. 2022, arXiv:2209.05433); docs/memory.md has figures.
 """
 
@@ -55,7 +55,8 @@ def stored(models: "Models", dtype: torch.dtype) -> "Models":
     faster before (ldm.optimize) stays as it is.
     """
     for part in models.parts:
-        for name in prepare(part) if isinstance(part, nn.Module) else ():
-            weight = part.get_parameter(name)
-            weight.data = weight.data.to(dtype)
+        if isinstance(part, nn.Module):
+            for name in prepare(part):
+                weight = part.get_parameter(name)
+                weight.data = weight.data.to(dtype)
     return models

@@ -35,20 +35,23 @@ class Failing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for given in args:
             if isinstance(given, Tensor):  # weights, and what was there before, do not count
-                self.sizes.setdefault(given.untyped_storage()._cdata, 0)
+                self.see(given, 0)
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.count += 1
-            storage = result.untyped_storage()
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage._cdata)
+            self.see(result, result.untyped_storage().nbytes())
             if self.count == self.nth or self.bytes > self.limit:
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
-    def freed(self, storage: int) -> None:
+    def see(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = size
+            self.bytes += size
+            weakref.finalize(storage, self.free, storage._cdata)
+
+    def free(self, storage: int) -> None:
         self.bytes -= self.sizes.pop(storage, 0)
 
 
@@ -71,7 +74,7 @@ class Small:
 def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[Models]:
     """A small model, and strips so narrow that it makes many of them."""
     monkeypatch.setattr(tiled_vae, "STRIP", 2**17)
-    monkeypatch.setitem(tiled_vae.decode.__kwdefaults__, "strip", 2**17)
+    monkeypatch.setattr(tiled_vae.decode, "__kwdefaults__", {"strip": 2**17, "progress": None})
     models = tiny("sd1")
     yield models
     forget(*models.parts)
