@@ -9,6 +9,7 @@ import argparse
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -447,6 +448,10 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+stopping = threading.Event()
+"""Somebody asked for the end of the program."""
+
+
 def main(
     program: str,
     parse: Callable[[Sequence[str] | None], argparse.Namespace],
@@ -458,20 +463,29 @@ def main(
     try:
         return run(a)
     except KeyboardInterrupt:
-        print(f"{program}: stopped", file=sys.stderr)
-        return 130
+        pass
     except Exception as error:
-        if a.debug:
+        # Within torch, an interrupt can come out as another error.
+        if a.debug and not stopping.is_set():
             raise
-        from ldm import cli
+        if not stopping.is_set():
+            from ldm import cli
 
-        return cli.report(program, error)
+            return cli.report(program, error)
+    print(f"{program}: stopped", file=sys.stderr)
+    return 130
 
 
 def start(main: Callable[[], int]) -> NoReturn:
     """Run a script: a polite kill is a Ctrl-C."""
+
+    def stop(number: int, frame: object) -> None:
+        stopping.set()
+        raise KeyboardInterrupt
+
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
         code = main()
     except KeyboardInterrupt:  # once more, while the first was being answered
         code = 130

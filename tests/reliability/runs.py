@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import multiprocessing
 import os
-import signal
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -33,7 +32,6 @@ def _run(script: str, argv: list[str], log: str) -> None:
 
     torch.set_num_threads(1)
     main = importlib.import_module(f"scripts.{script}").main
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def logged() -> int:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

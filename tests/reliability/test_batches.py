@@ -101,7 +101,7 @@ def test_eight_writers_lose_and_replace_nothing(tmp_path: Path):
 
 
 def test_nothing_leaks(tmp_path: Path):
-    grown = soak(tmp_path, pictures=60, warm_up=20)
+    grown = soak(tmp_path, pictures=40, warm_up=20)
     assert grown.megabytes < 10
     assert grown.open_files == 0
     assert grown.left_behind == 0

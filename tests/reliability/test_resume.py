@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_killed_twenty_times_leaves_the_files_of_one_that_was_not(checkpoint: Path, tmp_path: Path):
-    words = ["7", "--ckpt", str(checkpoint), *SMALL, "--n-iter", "40", "--resume", "--out"]
+    words = ["7", "--ckpt", str(checkpoint), *SMALL, "--n-iter", "30", "--resume", "--out"]
     for folder in ("first", "whole"):  # the first process of all starts slowly
         begin = time.monotonic()
         whole = start("txt2img", [*words, str(tmp_path / folder)], tmp_path / f"{folder}.log")
@@ -34,7 +34,7 @@ def test_a_run_killed_twenty_times_leaves_the_files_of_one_that_was_not(checkpoi
     rng, out, log = random.Random(0), tmp_path / "out", tmp_path / "killed.log"
     for _ in range(KILLS):
         run = start("txt2img", [*words, str(out)], log)
-        run.join(rng.uniform(0.0, 0.5) * took)
+        run.join(rng.uniform(0.0, 0.4) * took)
         run.kill()
         run.join()
         for path in out.glob("*.png"):
@@ -43,7 +43,7 @@ def test_a_run_killed_twenty_times_leaves_the_files_of_one_that_was_not(checkpoi
     last.join(60)
     assert last.exitcode == 0
     assert contents(out) == contents(tmp_path / "whole")
-    assert len(contents(out)) == 41  # with the record of the run
+    assert len(contents(out)) == 31  # with the record of the run
     assert not list(out.glob(".*"))  # what killed writers left was removed
     drawn = [line for line in log.read_text().splitlines() if line.endswith(".png")]
     assert len(drawn) == len(set(drawn))  # nothing was done twice
