@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm import masks
+from ldm import faster, masks
 from ldm.controlnet import Control, Controlled, prepared
 from ldm.denoise import Conditioning, Denoise, Denoiser, Network
 from ldm.families import Concat, Picture
@@ -33,13 +33,16 @@ def denoisers(models: Models, run: Plan) -> list[Denoise]:
     refiner = models.refiner if run.second is None else None  # of two passes, the last one is refined
     # Embeddings are made for the text encoders of the base model; to the refiner, their names are words.
     refined = conditioning(refiner, replace(run, networks=Networks())) if refiner else base
+    base, refined = faster.guided_in_part(run, base), faster.guided_in_part(run, refined)
     ending = refiner and _patient(refiner, refiner.denoiser.network)
     schedule = models.denoiser.schedule
     last = len(schedule.sigmas) - 1
 
     @cache
     def controlled(active: tuple[int, ...]) -> Denoiser:
-        network = models.denoiser.network
+        network: Network = models.denoiser.network
+        if request.reuse > 1:
+            network = faster.Reusing(models.unet, request.reuse)
         if active:
             network = Controlled(network, [controls[i] for i in active])
         return _patient(models, network)

@@ -24,6 +24,10 @@ class Guides:
         """One prompt, of weight 1."""
         return cls(((positive, 1.0),), negative)
 
+    def alone(self) -> "Guides":
+        """Towards the prompts only."""
+        return Guides(self.positive)
+
 
 def needs_negative(weights: Sequence[float], scale: float) -> bool:
     """Whether the prediction without the prompt counts: at scale 1 it cancels out of the formula of `cfg`."""

@@ -50,14 +50,20 @@ SETTINGS: Mapping[str, tuple[str, type[int] | type[float]]] = MappingProxyType(
         "Schedule min sigma": ("sigma_min", float),
         "Schedule rho": ("rho", float),
         "Refiner switch at": ("refiner_switch", float),
+        "NGMS": ("guidance_low", float),
+        "Guidance max sigma": ("guidance_high", float),
+        "Skip Early CFG": ("guidance_skip", float),
+        "Feature reuse": ("reuse", int),
     }
 )
 """Fields that are numbers: (the field of `Request`, its type)."""
 
 OTHER_SETTINGS = (
+    "NGMS all steps",
     *("Sampler", "Schedule type", "Size", "Seed resize from", "Tiling", "RNG", "Emphasis", "Compatibility"),
     *edit_text.NAMES,
 )
+NGMS_ALL = "NGMS all steps"  # without it, the web UI leaves out guidance in every other step only
 EXACT = {"prompt": "Exact prompt", "negative_prompt": "Exact negative prompt"}
 
 ABOUT_FILES = (
@@ -188,6 +194,7 @@ def _fields(
             yield name, quote(", ".join(f"{file}: {short}" for file, short in files.items()))
     yield from _options(request)
 
+    yield from _faster(request)
     if request.compat.emphasis != DEFAULT.emphasis:
         yield "Emphasis", request.compat.emphasis.capitalize()
     if request.cfg_rescale:
@@ -220,6 +227,16 @@ def _options(request: Request) -> Iterator[tuple[str, str]]:
     for name, (setting, _) in SETTINGS.items():
         if setting in given and given[setting] != defaults.get(setting) and name not in elsewhere:
             yield name, number(given[setting])
+
+
+def _faster(request: Request) -> Iterator[tuple[str, str]]:
+    """What was left out to be faster."""
+    for name in ("NGMS", "Guidance max sigma", "Skip Early CFG", "Feature reuse"):
+        setting, _ = SETTINGS[name]
+        if (value := getattr(request, setting)) != getattr(PLAIN, setting):
+            yield name, number(value)
+            if name == "NGMS":
+                yield NGMS_ALL, "True"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from ldm.compat import DEFAULT, PROFILES, Compatibility
 from ldm.denoise import Prediction
 from ldm.errors import LdmError, RequestError, SamplerError
 from ldm.formats.mapped import printable
-from ldm.infotext import ABOUT_FILES, ABOUT_MODELS, REMARKS, SETTINGS, Infotext
+from ldm.infotext import ABOUT_FILES, ABOUT_MODELS, NGMS_ALL, REMARKS, SETTINGS, Infotext
 from ldm.request import Request
 from ldm.samplers import SAMPLERS
 from ldm.samplers import parse as parse_sampler
@@ -56,6 +56,8 @@ def _setting(name: str, value: str, made: Request, info: Infotext) -> dict[str, 
     if len(value) > 1000 and name not in (*ABOUT_FILES, *REMARKS):
         raise RequestError("it is too long")
     match name:
+        case "NGMS" if info.fields.get(NGMS_ALL) != "True":
+            raise RequestError("this is done here in all steps, not in every other one")
         case _ if name in SETTINGS:
             setting, kind = SETTINGS[name]
             return {setting: kind(value)}
@@ -78,7 +80,7 @@ def _setting(name: str, value: str, made: Request, info: Infotext) -> dict[str, 
             return {"compat": replace(made.compat, old_edit_times=True)}
         case "Compatibility":
             return {"compat": _compatibility(value, made.compat)}
-        case _ if name in (*ABOUT_FILES, *ABOUT_MODELS, *REMARKS, *edit_text.NAMES):
+        case _ if name in (*ABOUT_FILES, *ABOUT_MODELS, *REMARKS, *edit_text.NAMES, NGMS_ALL):
             return {}
         case _ if info.ours and name.startswith("ControlNet "):
             return {}

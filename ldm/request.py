@@ -48,6 +48,12 @@ class Request:
     seed_resize_from: tuple[int, int] | None = None  # (width, height) of a picture whose composition to keep
     ensd: int = 0  # "eta noise seed delta": what samplers draw after the start comes from seed + ensd
 
+    # Faster, and not quite the same picture, see ldm.faster and docs/faster.md.
+    guidance_low: float = 0.0  # no guidance at noise levels up to this one ...
+    guidance_high: float | None = None  # ... and above this one; None: there is no such limit
+    guidance_skip: float = 0.0  # nor in this share of the steps, the first ones
+    reuse: int = 1  # the UNet's deep features are made in every so many steps, and used again between
+
     # Further passes and pictures. The pictures themselves are `ldm.inputs.Inputs`.
     edit: Edit | None = None  # how a run starts from a given picture; None: it starts from noise alone
     hires: Hires | None = None  # a second, larger pass
@@ -70,6 +76,10 @@ class Request:
         check_range("cfg_rescale", self.cfg_rescale, 0, 1)
         check_range("image_cfg_scale", self.image_cfg_scale, 0, 100)
         check_range("refiner_switch", self.refiner_switch, 0, 1)
+        check_range("guidance_low", self.guidance_low, 0, 1_000_000)
+        check_range("guidance_high", self.guidance_high, 0, 1_000_000)
+        check_range("guidance_skip", self.guidance_skip, 0, 1)
+        check_range("reuse", self.reuse, 1, 100)
         check_range("clip_skip", self.clip_skip, 1, 100)
         check_range("order", self.order, 1, 4)
         check_range("variation_seed", self.variation_seed, 0, MAX_SEED + 1 - self.batch_size)

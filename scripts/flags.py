@@ -118,6 +118,17 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
     for name in ("eta", "s-churn", "s-tmin", "s-tmax", "s-noise", "sigma-min", "sigma-max", "rho"):
         options.add_argument(f"--{name}", type=float, metavar="X")
     options.add_argument("--order", type=int, metavar="N")
+    faster = p.add_argument_group("faster, and not quite the same picture, see docs/faster.md")
+    faster.add_argument(
+        "--guidance-low", type=float, default=0.0, metavar="X", help="no guidance up to this noise level"
+    )
+    faster.add_argument("--guidance-high", type=float, metavar="X", help="no guidance above this noise level")
+    faster.add_argument(
+        "--guidance-skip", type=float, default=0.0, metavar="X", help="nor in this share of the steps"
+    )
+    faster.add_argument(
+        "--reuse", type=int, default=1, metavar="N", help="make deep features in every N-th step only"
+    )
 
 
 def add_output(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -352,6 +363,10 @@ def request(a: argparse.Namespace, prompt: str = "", **more: Any) -> Request:
         seed_resize_from=size(a.seed_resize_from) if a.seed_resize_from else None,
         ensd=a.ensd,
         refiner_switch=a.refiner_switch,
+        guidance_low=a.guidance_low,
+        guidance_high=a.guidance_high,
+        guidance_skip=a.guidance_skip,
+        reuse=a.reuse,
         **fields,
     )
     # Where the model chooses the sampler, any will do to read the name of the schedule.
