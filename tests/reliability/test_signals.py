@@ -1,12 +1,15 @@
 """Promise 19: Ctrl-C once ends a run within a step, twice at once; a polite kill is Ctrl-C; no half file."""
 
+import argparse
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import flags
 import pytest
 from PIL import Image
 from torch import nn
@@ -77,6 +80,30 @@ def test_asked_while_a_picture_is_saved(
     assert [path.name for path in tmp_path.iterdir()] == there
     for name in there:
         Image.open(tmp_path / name).load()
+
+
+def test_an_interrupt_that_comes_out_as_another_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Torch's context managers are not safe against interrupts: rarely, one becomes a RuntimeError."""
+    stopping = threading.Event()
+    monkeypatch.setattr(flags, "stopping", stopping)
+
+    def run(a: argparse.Namespace) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            flags.start(lambda: flags.main("draw", lambda argv: argparse.Namespace(debug=False), run, None))
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "draw: stopped\n"
 
 
 def test_asked_at_random_moments_of_whole_runs(tmp_path: Path):
