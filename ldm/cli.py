@@ -168,7 +168,7 @@ def draw(
                 if len(jobs) == 1:
                     raise
                 failed = True
-                bar.write(f"{job}: {_told(error)}", file=sys.stderr)
+                bar.write(f"{job}: {told(error)}", file=sys.stderr)
             except OSError as error:
                 raise OSError(error.errno, f"{error.strerror or error}; {reached()}") from error
             except KeyboardInterrupt:
@@ -237,11 +237,11 @@ def report(program: str, error: Exception) -> Exit:
             code = Exit.DISK
         case _:
             code = Exit.FAILED
-    print(f"{program}: {_told(error)}", file=sys.stderr)
+    print(f"{program}: {told(error)}", file=sys.stderr)
     return code
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, LdmError | OSError):
         return str(error)

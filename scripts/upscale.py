@@ -173,7 +173,7 @@ def enlarge(extras: Extras, jobs: Sequence[tuple[Path, Output]]) -> Exit:
     """Enlarge and save pictures under a progress bar. Of several, one that fails does not stop the others."""
     from tqdm import tqdm
 
-    from ldm.cli import Exit
+    from ldm.cli import Exit, told
     from ldm.errors import LdmError
     from ldm.extras import enlarged_file
     from ldm.formats.mapped import printable
@@ -195,11 +195,12 @@ def enlarge(extras: Extras, jobs: Sequence[tuple[Path, Output]]) -> Exit:
                 output.save(enlarged_file(path, extras, advance), path.stem)
                 done += 1
                 advance(1)
-            except LdmError as error:
+            except (LdmError, RuntimeError, MemoryError) as error:  # the last two: out of memory
                 if len(jobs) == 1:
                     raise
                 failed += 1
-                bar.write(f"upscale: {error}", file=sys.stderr)
+                about = "" if isinstance(error, LdmError) else f"{printable(path.name)}: "
+                bar.write(f"upscale: {about}{told(error)}", file=sys.stderr)
             except KeyboardInterrupt:
                 bar.close()
                 print(
