@@ -26,7 +26,7 @@ def cases() -> dict[str, dict[str, Tensor]]:
     return found
 
 
-CASES = cases()
+CASES = dict(sorted(cases().items()))
 
 
 def delta_of(case: dict[str, Tensor], folder) -> Delta:
