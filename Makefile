@@ -1,5 +1,7 @@
 # make image PROMPT="a red apple"    draws a picture; ARGS="--steps 30 ..." goes to scripts/txt2img.py
-# make setup | test | lint | bench   PYTHON=python3.12 chooses the interpreter of the virtual environment
+# make setup | test | lint            PYTHON=python3.12 chooses the interpreter of the virtual environment
+# make bench                          measures speed and memory against diffusers; ARGS=--quick: a small trial
+# make evaluate                       measures the quality of the embedded model's pictures
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +16,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 FAILED := { echo "Set-up failed, see above. It needs Python 3.10 or newer with its venv module (PYTHON= chooses one) and, the first time, a network connection or another package index that pip knows." >&2; exit 1; }
 
-.PHONY: image setup test lint bench
+.PHONY: image setup test lint bench evaluate
 
 image: $(INSTALLED)
 	@$(BIN)/python scripts/txt2img.py --prompt="$$PROMPT" $(ARGS)
@@ -30,6 +32,9 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/pyright
 
 bench: $(INSTALLED_DEV)
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+evaluate: $(INSTALLED_DEV)
 	$(BIN)/python -m benchmarks.evaluate $(ARGS)
 
 # These two files mark a set-up that succeeded: nothing is done again until the requirements change.

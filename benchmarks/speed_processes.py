@@ -1,0 +1,131 @@
+"""Measuring whole processes: import, load, a picture; the time and memory of each from the system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed_networks import Setting, our_unet, our_vae, randomised, their_unet, their_vae
+
+ROOT = Path(__file__).parent.parent
+CACHE = str(Path(tempfile.gettempdir()) / "ldm-benchmark-bytecode")
+
+
+def process(command: Sequence[str]) -> dict[str, float]:
+    """What a command took: seconds, and its largest memory in MB."""
+    # Bytecode is kept as in any installation, but not in this checkout.
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
+        "PYTHONPYCACHEPREFIX": CACHE
+    }
+    start = time.perf_counter()
+    child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status != 0:
+        raise RuntimeError(f"failed: {' '.join(command)}")
+    rss = usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+    return {
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "wall": time.perf_counter() - start,
+        "MB": rss,
+    }
+
+
+def processes(rounds: int, rivals: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The least of some rounds, after one in which files come into the memory of the machine."""
+    for command in rivals.values():
+        process(command)
+    found: dict[str, dict[str, float]] = {}
+    for _ in range(rounds):
+        for name, command in rivals.items():
+            now = process(command)
+            found[name] = {key: min(value, found.get(name, now)[key]) for key, value in now.items()}
+    return dict(found)
+
+
+def imports(setting: Setting) -> dict[str, Any]:
+    programs = {"torch": "import torch", "plain": "import ldm", "diffusers": THEIR_IMPORT}
+    figures = processes(
+        setting.rounds + 2, {name: (sys.executable, "-c", code) for name, code in programs.items()}
+    )
+    figures["against torch"] = figures["plain"]["cpu"] / figures["torch"]["cpu"]
+    return figures
+
+
+THEIR_IMPORT = """
+import sys
+sys.modules["torchvision"] = None
+from diffusers import StableDiffusionPipeline
+"""
+
+OUR_LOAD = "import sys, ldm; ldm.load(sys.argv[1])"
+
+THEIR_LOAD = """
+import sys, torch
+sys.modules["torchvision"] = None
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
+    globals()[name] = kind.from_pretrained(f"{sys.argv[1]}/{name}", torch_dtype=torch.float32)
+text = CLIPTextModel.from_pretrained(f"{sys.argv[1]}/text_encoder", dtype=torch.float32)
+"""
+
+
+def load(setting: Setting) -> dict[str, Any]:
+    """A file of half precision into float32. Imports are part of the figures; `load s` has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "benchmarks.speed", "--write", folder], cwd=ROOT, check=True)
+        python = (sys.executable, "-c")
+        figures = processes(
+            setting.rounds,
+            {
+                "torch": (*python, "import torch"),
+                "import": (*python, "import ldm"),
+                "plain": (*python, OUR_LOAD, f"{folder}/model.safetensors"),
+                "diffusers import": (*python, THEIR_LOAD.partition("for kind")[0]),
+                "diffusers": (*python, THEIR_LOAD, folder),
+            },
+        )
+    for name, base in (("plain", "import"), ("diffusers", "diffusers import")):
+        figures[name] |= {f"load {key}": figures[name][key] - figures[base][key] for key in ("cpu", "wall")}
+    figures["memory against diffusers"] = figures["plain"]["MB"] / figures["diffusers"]["MB"]
+    return figures
+
+
+def write(folder: Path) -> None:
+    """A random Stable Diffusion 1.5 in half precision: as one file, and as diffusers writes it."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from ldm.denoise import Denoiser, Prediction
+    from ldm.families import FAMILIES
+    from ldm.models import Models
+    from ldm.text.clip import CLIP_L, ClipTextModel
+
+    setting = Setting(1, False)
+    family = next(family for family in FAMILIES if family.name == "sd1")
+    text = randomised(lambda: ClipTextModel(CLIP_L)).half()
+    parts = our_unet(setting).half(), our_vae(setting).half()
+    models = Models(family, Denoiser(parts[0], family.schedule(), Prediction.EPS), parts[1], (text,))
+    models.save(folder / "model.safetensors")
+    del models, parts
+    for name, make in (("unet", their_unet), ("vae", their_vae)):
+        make(setting).to_empty(device="cpu").half().save_pretrained(folder / name)
+    config = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
+    CLIPTextModel(config).half().save_pretrained(folder / "text_encoder")
+
+
+def picture(setting: Setting) -> dict[str, Any]:
+    """From the command to the PNG, with the embedded model."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = (sys.executable, "scripts/txt2img.py", "--overwrite", f"--out={folder}/x.png")
+        return processes(setting.rounds, {"plain": (*script, "--prompt=a red apple", *QUICK * setting.quick)})
+
+
+QUICK = ("--steps=2",)
