@@ -90,6 +90,10 @@ def leave(*modules: object) -> None:
             _ROOMS[module].leave()
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    return module in _ROOMS
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module runs; the CPU if it has no weights."""
     if module in _ROOMS:

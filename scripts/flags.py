@@ -105,6 +105,21 @@ def add_model(p: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "float16", "bfloat16"), help="of the UNet and the text encoder"
     )
     model.add_argument(
+        "--storage",
+        choices=("float16", "bfloat16", "float8_e4m3fn"),
+        help="hold weights in this, and compute in --dtype, see docs/memory.md",
+    )
+    model.add_argument(
+        "--lowvram",
+        nargs="?",
+        const="parts",
+        choices=("parts", "blocks"),
+        help="hold only the running part of the model on the device, or the running block of its UNet",
+    )
+    model.add_argument(
+        "--fast", action="store_true", help="compile the UNet: a minute at first, then faster (CUDA)"
+    )
+    model.add_argument(
         "--prediction", choices=("eps", "v"), help="what the UNet predicts, where its file says it wrongly"
     )
     model.add_argument("--ema", action="store_true", help="use the averaged weights of a training checkpoint")
@@ -395,24 +410,37 @@ def models(a: argparse.Namespace) -> Models:
 
     import ldm
     from ldm import cli
+    from ldm.compiled import fast
+    from ldm.offload import offloaded
 
     device, dtype = cli.device(a.device), getattr(torch, a.dtype) if a.dtype else None
+    home = device
+    if a.lowvram:
+        if device.type == "cpu":
+            raise ldm.RequestError("--lowvram is for a graphics card; for main memory see --storage")
+        home, dtype = torch.device("cpu"), dtype or torch.float16
     library = ldm.Library(
         a.lora_dir, a.embeddings_dir, a.hypernetwork_dir, upscalers=getattr(a, "upscalers_dir", None)
     )
     loaded = ldm.load(
         a.ckpt,
-        device=device,
+        device=home,
         dtype=dtype,
+        storage=getattr(torch, a.storage) if a.storage else None,
         vae=a.vae,
         prediction=a.prediction,
         ema=a.ema,
         vocabulary=a.vocabulary,
         library=library,
     )
-    if a.refiner is None:
-        return loaded
-    return replace(loaded, refiner=ldm.load(a.refiner, device=device, dtype=dtype))
+    if a.refiner is not None:
+        loaded = replace(loaded, refiner=ldm.load(a.refiner, device=home, dtype=dtype))
+    if a.lowvram:
+        loaded = offloaded(loaded, device, blocks=a.lowvram == "blocks")
+    if a.fast:
+        usual, rows = loaded.default_size, a.batch_size * (1 if a.cfg_scale == 1 else 2)
+        loaded = fast(loaded, sizes=[(a.width or usual, a.height or usual, rows)])
+    return loaded
 
 
 def exist(*paths: Path | None) -> None:
