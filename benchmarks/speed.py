@@ -152,7 +152,7 @@ def main() -> None:
         speed_processes.write(arguments.write)
         return
     if arguments.case:
-        with torch.inference_mode():
+        with torch.no_grad():
             figures = CASES[arguments.case](Setting(arguments.rounds, arguments.quick))
         print(json.dumps(figures))
         return
