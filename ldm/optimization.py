@@ -28,15 +28,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ldm.models import Models
 from ldm.native import LANES, kernels
 
-# Fewer tiles than that do not repay fetching four times the weights: below 24, two to one for the product.
-WINOGRAD_TILES = 24
+# When Winograd's algorithm pays, as measured: from 8 tiles of 4x4 pixels, or from 24 where its weights, four
+# times the layer's own, do not stay in a cache (16 MB) and must be fetched for them.
+TILES, TILES_OF_LARGE = 8, 24
+LARGE = 4 * 2**20  # numbers in a weight in Winograd's form
 
-# Pixels of a whole batch; measured with 1280 channels.
-PRODUCT_PIXELS = 512
+# And what it may cost: 200 MB for one layer. This leaves out the layers from 1280 to 1280 channels, which are
+# most of the UNet's weights and work on small maps only.
+TOO_LARGE = 50 * 2**20
 
-# Weights in Winograd's form of one layer: 200 MB. This leaves out layers from 1280 to 1280 channels, most of
-# the UNet's weights, which work on small maps only.
-WINOGRAD_WEIGHTS = 50 * 2**20
+# When one matrix product pays: for weights of a million pairs of channels and more, and up to 512 pixels of a
+# whole batch.
+PRODUCT_CHANNELS, PRODUCT_PIXELS = 2**20, 512
 
 # Numbers in the transformed tiles at hand, before and after: 8 MB in float32, which caches hold.
 BLOCK = 2**21
@@ -66,9 +69,9 @@ class FastConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_plain_3x3() and fits(input, self.weight):
-            if winograd_fits(input, self.weight) and (library := kernels()) is not None:
+            if winograd_pays(input, self.weight) and (library := kernels()) is not None:
                 return winograd(library, input, self.weight, self.bias)
-            if input.shape[0] * input.shape[2] * input.shape[3] <= PRODUCT_PIXELS:
+            if product_pays(input, self.weight):
                 return product(input, self.weight, self.bias)
         return super().forward(input)
 
@@ -89,6 +92,11 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def product_pays(x: Tensor, weight: Tensor) -> bool:
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return weight.shape[0] * weight.shape[1] >= PRODUCT_CHANNELS and pixels <= PRODUCT_PIXELS
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 3x3 convolution as one matrix product. (B, C_in, h, w) -> (B, C_out, h, w), channels-last."""
     pixels = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (B, h + 2, w + 2, C_in)
@@ -101,11 +109,11 @@ def tile_count(x: Tensor) -> int:
     return x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
 
 
-def winograd_fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether Winograd's algorithm can be used for these maps, and pays."""
+def winograd_pays(x: Tensor, weight: Tensor) -> bool:
     c_out, c_in = weight.shape[:2]
-    pays = tile_count(x) >= WINOGRAD_TILES and 36 * c_in * c_out <= WINOGRAD_WEIGHTS
-    return pays and c_out % LANES == c_in % LANES == 0
+    size = 36 * c_in * c_out
+    least = TILES if size <= LARGE else TILES_OF_LARGE
+    return c_out % LANES == c_in % LANES == 0 and tile_count(x) >= least and size <= TOO_LARGE
 
 
 def winograd(library: CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm import native, tiled_vae
 from ldm.models import Models
-from ldm.optimization import _TRANSFORMED, FastConv2d, optimize, winograd
+from ldm.optimization import _TRANSFORMED, FastConv2d, optimize, product_pays, winograd
 from ldm.seamless import seamless
 from ldm.unet import UNet
 from tests.golden import module_case
@@ -58,15 +58,19 @@ def test_winograd_is_a_convolution_for_every_shape(height: int, width: int, bias
     assert_same(winograd(library, x, conv.weight, conv.bias).double(), exact)
 
 
-@pytest.mark.parametrize(("size", "winograd_used"), [((2, 64, 24, 20), True), ((2, 64, 8, 8), False)])
-def test_a_layer_chooses_its_way_by_the_size(size: tuple[int, ...], winograd_used: bool):
+@pytest.mark.parametrize(
+    ("channels", "side", "winograd_used"), [(64, 16, True), (64, 4, False), (1024, 2, False)]
+)
+def test_a_layer_chooses_its_way_by_its_size(channels: int, side: int, winograd_used: bool):
     torch.manual_seed(0)
-    conv, x = nn.Conv2d(64, 32, 3, padding=1).requires_grad_(False), torch.randn(size)
+    conv = nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, channels, side, side)
     plain = conv(x)
     optimize(conv)
     assert type(conv) is FastConv2d
     assert_same(conv(x), plain)
     assert (conv.weight in _TRANSFORMED) is (winograd_used and native.kernels() is not None)
+    assert product_pays(x, conv.weight) is (channels == 1024)
 
 
 def test_networks_predict_the_same(models: Models):
