@@ -3,7 +3,8 @@
 import os
 import sys
 
-# Tests run in one process for each core (pytest -n auto), so each of them, and what it starts, has one thread.
+# Tests run in one process for each core (pytest -n auto), so each process, and what it starts,
+# has one thread.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
