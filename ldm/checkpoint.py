@@ -98,7 +98,7 @@ def load(
         dtype = torch.float16 if device.type == "cuda" else torch.float32
 
     file = read(source)
-    weights = _normalised(file)
+    weights = normalised(file)
     if ema:
         weights = _with_averages(weights, source)
     try:
@@ -191,7 +191,7 @@ def _report_unknown(weights: Mapping[str, Tensor], family: Family, source: Path)
         )
 
 
-def _normalised(file: WeightFile) -> dict[str, Tensor]:
+def normalised(file: WeightFile) -> dict[str, Tensor]:
     """The file's weights under the names of a whole checkpoint of today."""
     weights = dict(file.tensors)
     if "input_blocks.0.0.weight" in weights:  # only a UNet, without its prefix
