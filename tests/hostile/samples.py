@@ -1,6 +1,6 @@
 """Every hostile, damaged or mistaken weight file of the tests, by name.
 
-`python -m tests.hostile.samples FOLDER` writes them all for a look with other tools.
+`python -m tests.hostile.samples FOLDER` writes them all for a look with other tools, and refusals.txt anew.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from ldm import formats
+from ldm.errors import CheckpointError
 from tests.hostile.build import (
     FLOATS,
     PROTO2,
@@ -27,6 +29,10 @@ from tests.hostile.build import (
     zipped,
 )
 from tests.hostile.pickles import bombs, calls, routes, tensors
+
+REFUSALS = Path(__file__).with_name(
+    "refusals.txt"
+)  # why each file is refused, so that no check hides another
 
 
 def zips(good: bytes) -> dict[str, bytes]:
@@ -301,8 +307,21 @@ def hostile_files(marker: Path) -> dict[str, bytes]:
     return files
 
 
+def refusals(folder: Path) -> dict[str, str]:
+    """What is said of the small files in the folder that are archives or headers, without their names."""
+    said = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(("zip_", "header_")) and path.stat().st_size < 100_000:
+            try:
+                formats.read(path)
+            except CheckpointError as error:
+                said[path.name] = str(error).removeprefix(f"{path.name}: ")
+    return said
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for file_name, content in hostile_files(folder / "EXECUTED").items():
         (folder / file_name).write_bytes(content)
+    REFUSALS.write_text("".join(f"{name}\t{why}\n" for name, why in refusals(folder).items()), "utf-8")
