@@ -13,6 +13,8 @@ same parameters, which computes its result in another way where it can and as ev
 - 3x3 convolutions on maps so small that most time goes into fetching the weights: one matrix product, for
   which they need not be brought into another order first.
 
+- 1x1 convolutions: a matrix product.
+
 All of this runs on channels-last maps, which the layers between pass on as they come.
 """
 
@@ -68,17 +70,23 @@ class FastConv2d(nn.Conv2d):
     """A convolution that takes the fastest way for the size of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._is_plain_3x3() and fits(input, self.weight):
-            if winograd_pays(input, self.weight) and (library := kernels()) is not None:
-                return winograd(library, input, self.weight, self.bias)
-            if product_pays(input, self.weight):
-                return product(input, self.weight, self.bias)
-        return super().forward(input)
+        x, weight = input, self.weight
+        if not fits(x, weight):
+            return super().forward(x)
+        if self._is_plain(1) and x.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        if self._is_plain(3):
+            if winograd_pays(x, weight) and (library := kernels()) is not None:
+                return winograd(library, x, weight, self.bias)
+            if product_pays(x, weight):
+                return product(x, weight, self.bias)
+        return super().forward(x)
 
-    def _is_plain_3x3(self) -> bool:
-        # The padding mode is another one within `ldm.seamless`.
-        shape = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
-        return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+    def _is_plain(self, size: int) -> bool:
+        """A square kernel, as many pixels out as in, zeros around them (`ldm.seamless` has none)."""
+        padding, mode = size // 2, self.padding_mode if size > 1 else "zeros"
+        shape = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, mode
+        return shape == ((size, size), (1, 1), (padding, padding), (1, 1), 1, "zeros")
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
