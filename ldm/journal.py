@@ -46,8 +46,7 @@ def going_on(folder: Path, facts: Mapping[str, str]) -> Iterator[int]:
         changed = [name for name in facts if stored.get(name) != facts[name]]
         if changed:
             raise RequestError(
-                f"{folder} holds a run with another {changed[0]}; "
-                "give the old value, or another folder"
+                f"{folder} holds a run with another {changed[0]}; give the old value, or another folder"
             )
         yield first
 
