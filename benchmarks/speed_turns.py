@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.speed_networks import Setting, our_unet, our_vae, randomised, shared_unets, their_vae
 
@@ -45,7 +45,10 @@ def turns(rounds: int, rivals: Mapping[str, Callable[[], object]]) -> dict[str, 
 
 def work(function: Callable[[], object]) -> float:
     """GFLOP, multiplications and additions counted apart."""
-    with FlopCounterMode(display=False) as counter:
+    # torch itself counts only the attention of graphics cards.
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mapping = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         function()
     return counter.get_total_flops() / 1e9
 
