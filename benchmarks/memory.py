@@ -3,7 +3,7 @@
     python -m benchmarks.memory [--quick]
 
 Measured is the peak of the resident set during a run, above what the process had after its imports (Linux).
-The larger model has the true shapes of Stable Diffusion 1.5 and random weights in float16, in a file of 2.1 GB.
+The larger model has the true shapes of Stable Diffusion 1.5 and random weights, in a file of 2.1 GB.
 """
 
 from __future__ import annotations
