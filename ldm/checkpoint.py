@@ -10,10 +10,11 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.denoise import Denoiser, Prediction
 from ldm.errors import CheckpointError, RequestError
@@ -219,6 +220,18 @@ def _with_averages(weights: Mapping[str, Tensor], source: Path) -> dict[str, Ten
     return dict(weights) | {name: weights[average] for name, average in average_of.items()}
 
 
+class _Blank(TorchFunctionMode):
+    """Leaves the weights of new modules as they are: they get others at once, so no numbers need be drawn.
+
+    On meta there is nothing to draw anyway; but torch would import its compiler for it, which takes a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def build(
     make: Callable[[], M],
     weights: Mapping[str, Tensor],
@@ -232,7 +245,7 @@ def build(
     storage: the dtype to hold the large weights in; None: `dtype`, like the others.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Blank():
             module = make()
     except (ArithmeticError, IndexError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the shapes of the {part} weights make no network: {error}") from None

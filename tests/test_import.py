@@ -45,3 +45,13 @@ def test_every_public_name_exists():
     import ldm
 
     assert [name for name in ldm.__all__ if not hasattr(ldm, name)] == []
+
+
+def test_a_picture_is_drawn_without_the_compiler():
+    """Torch's compiler takes a second to import, and some ways to build a network on meta call it in vain."""
+    program = (
+        "import sys, ldm\n"
+        "ldm.txt2img(ldm.load(), ldm.Request(prompt='x', steps=1))\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
