@@ -23,6 +23,7 @@ from ldm.pipeline import picture, sample
 from ldm.planning import plan
 from ldm.request import Request
 from ldm.stepdown import out_of_memory
+from ldm.storage import held_in
 
 
 class Exit(IntEnum):
@@ -184,7 +185,10 @@ def draw(
 def facts(models: Models, jobs: Sequence[Job], inputs: Inputs) -> dict[str, str]:
     """What decides the pictures of a run, for `Output.going_on`. inputs: what all jobs share."""
     made_of = [
-        (one.hash, one.vae_hash, one.ema, one.denoiser.prediction, one.denoiser.dtype, one.device.type)
+        (
+            *(one.hash, one.vae_hash, one.ema, one.device.type),
+            *(one.denoiser.prediction, one.denoiser.dtype, held_in(one.denoiser.network)),
+        )
         for one in (models, models.refiner)
         if one is not None
     ]

@@ -24,6 +24,7 @@ from ldm.models import Models
 from ldm.request import Request
 from ldm.samplers import SAMPLERS
 from ldm.spacings import SPACINGS
+from ldm.storage import held_in
 
 PLAIN = Request()  # with every default
 
@@ -71,7 +72,7 @@ ABOUT_FILES = (
     *("Lora hashes", "TI hashes", "Hypernet hashes", "Hashes"),
     *("Refiner", "Init image hash", "Mask hash", "Depth hash"),
 )
-ABOUT_MODELS = ("Prediction", "EMA", "Precision", "Memory")
+ABOUT_MODELS = ("Prediction", "EMA", "Precision", "Storage", "Memory")
 REMARKS = (
     *("Version", "User", "Batch size", "Batch pos", "Created Date"),
     *("Civitai resources", "Civitai metadata", "Template", "Negative Template"),
@@ -205,6 +206,8 @@ def _fields(
         yield "EMA", "True"
     if models.denoiser.dtype.itemsize < 4:
         yield "Precision", str(models.denoiser.dtype).removeprefix("torch.")
+    if (held := held_in(models.denoiser.network)) is not None:
+        yield "Storage", str(held).removeprefix("torch.")
     if ways := stepdown.notes(*models.parts):
         yield "Memory", quote("; ".join(ways))
     choices = {k: v for k, v in request.compat.differences().items() if k not in ("noise", "emphasis")}

@@ -4,8 +4,8 @@
 
 Each layer brings its weight to the dtype of its input when it runs, and drops that copy after it. So a file
 in half precision takes no more memory than it has bytes, on a CPU that computes in float32, and the pictures
-are the same to the bit. In torch.float8_e4m3fn it takes half of that, and draws other pictures: 8 bits leave a
-weight hardly two decimal digits (Micikevicius et al. 2022, arXiv:2209.05433); docs/memory.md has figures.
+are the same to the bit. In torch.float8_e4m3fn it takes half of that, and draws other pictures: 8 bits leave
+a weight hardly two decimal digits (Micikevicius et al. 2022, arXiv:2209.05433); docs/memory.md has figures.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,6 +46,13 @@ def prepare(module: nn.Module) -> Iterator[str]:
         if type(layer) in STORED and layer.get_parameter("weight").numel() >= SMALL:
             layer.__class__ = STORED[type(layer)]
             yield f"{name}.weight"
+
+
+def held_in(module: object) -> torch.dtype | None:
+    """The dtype in which a module holds its large weights, if it may be another than it computes in."""
+    layers = module.modules() if isinstance(module, nn.Module) else ()
+    held = (layer for layer in layers if type(layer) in STORED.values())
+    return next((layer.get_parameter("weight").dtype for layer in held), None)
 
 
 def stored(models: "Models", dtype: torch.dtype) -> "Models":

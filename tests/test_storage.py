@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ldm
-from ldm import lora
+from ldm import infotext, lora
 from ldm.models import Models
 from ldm.storage import STORED, stored
 from tests.lora.test_lora import lora_tensors, write
@@ -53,6 +53,8 @@ def test_a_file_in_half_precision_is_held_as_it_is(tmp_path: Path):
     ]
     assert {weight.dtype for weight in large} == {torch.float16}
     assert held(plain) - held(half) == 2 * sum(weight.numel() for weight in large)
+    found = infotext.parse(ldm.txt2img(half, REQUEST)[0].info["parameters"]).fields
+    assert found["Storage"] == "float16"
     assert half.unet.state_dict().keys() == plain.unet.state_dict().keys()
 
 
