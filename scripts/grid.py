@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flags
+import groups
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag are answered without it
     from PIL.Image import Image
@@ -64,21 +65,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     look.add_argument("--columns", type=int, default=6, metavar="N", help="of a contact sheet (default: 6)")
 
-    flags.add_drawing(p)
-    words = flags.add_words(p)
+    groups.add_drawing(p)
+    words = groups.add_words(p)
     words.add_argument(
         "--models-dir", type=Path, metavar="FOLDER", help="where checkpoints and VAE are found by their names"
     )
     start = p.add_argument_group("a picture to start from, see docs/img2img.md")
     start.add_argument("--picture", type=Path, metavar="FILE", help="given to every picture of the plot")
     start.add_argument("--mask", type=Path, metavar="FILE", help="white is repainted, black is kept")
-    flags.add_editing(p)
-    flags.add_second_pass(p)
-    flags.add_leading(p)
-    flags.add_noise(p)
-    flags.add_model(p)
-    flags.add_sampling(p)
-    flags.add_output(p)
+    groups.add_editing(p)
+    groups.add_second_pass(p)
+    groups.add_leading(p)
+    groups.add_noise(p)
+    groups.add_model(p)
+    groups.add_sampling(p)
+    groups.add_output(p)
     a = p.parse_args(argv)
 
     plot = any((a.x, a.y, a.z))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flags
+import groups
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag are answered without it
     from PIL.Image import Image
@@ -34,14 +35,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="draw this picture again from PICTURE, with the settings it carries",
     )
-    flags.add_editing(p)
-    flags.add_drawing(p)
-    flags.add_words(p)
-    flags.add_leading(p)
-    flags.add_noise(p)
-    flags.add_model(p)
-    flags.add_sampling(p)
-    flags.add_resume(flags.add_output(p))
+    groups.add_editing(p)
+    groups.add_drawing(p)
+    groups.add_words(p)
+    groups.add_leading(p)
+    groups.add_noise(p)
+    groups.add_model(p)
+    groups.add_sampling(p)
+    groups.add_resume(groups.add_output(p))
     a = p.parse_args(argv)
     if a.from_picture and a.picture.is_dir():
         p.error("--from-picture needs the one picture that it was drawn from, not a folder")

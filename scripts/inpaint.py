@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flags
+import groups
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag are answered without it
     from PIL.Image import Image
@@ -68,14 +69,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--mask-weight", type=float, default=1.0, metavar="X", help="inpainting models: 0 shows all to them"
     )
-    flags.add_editing(p)
-    flags.add_drawing(p)
-    flags.add_words(p)
-    flags.add_leading(p)
-    flags.add_noise(p)
-    flags.add_model(p)
-    flags.add_sampling(p)
-    flags.add_output(p)
+    groups.add_editing(p)
+    groups.add_drawing(p)
+    groups.add_words(p)
+    groups.add_leading(p)
+    groups.add_noise(p)
+    groups.add_model(p)
+    groups.add_sampling(p)
+    groups.add_output(p)
     a = p.parse_args(argv)
     if sum(source is not None for source in (a.mask, a.box, a.outpaint)) > 1:
         p.error("give one of --mask, --box and --outpaint")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import flags
+import groups
 
 STRENGTH = 0.3  # where none is given: that of image to image would draw the prompt into each tile
 
@@ -29,8 +30,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="draw this large picture again from PICTURE, with the settings it carries",
     )
-    flags.add_editing(p)
-    flags.add_drawing(p)
+    groups.add_editing(p)
+    groups.add_drawing(p)
     p.conflict_handler = "resolve"  # elsewhere, --scale is an old word for --cfg-scale
     tiles = p.add_argument_group("how large, and in which tiles")
     tiles.add_argument("--scale", type=float, default=2.0, metavar="X", help="times as wide (default: 2)")
@@ -41,12 +42,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     tiles.add_argument("--upscalers-dir", type=Path, metavar="FOLDER", help="with files of upscalers")
     tiles.add_argument("--overlap", type=int, metavar="N", help="pixels that tiles share (SD: 64)")
-    flags.add_words(p)
-    flags.add_leading(p)
-    flags.add_noise(p)
-    flags.add_model(p)
-    flags.add_sampling(p)
-    flags.add_output(p)
+    groups.add_words(p)
+    groups.add_leading(p)
+    groups.add_noise(p)
+    groups.add_model(p)
+    groups.add_sampling(p)
+    groups.add_output(p)
     a = p.parse_args(argv)
     a.strength = STRENGTH if a.strength is None else a.strength
     return a

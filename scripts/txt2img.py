@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flags
+import groups
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag are answered without it
     from PIL.Image import Image
@@ -40,27 +41,27 @@ def parser() -> flags.Parser:
     p.add_argument(
         "--from-picture", type=Path, metavar="FILE", help="draw a picture again, from the settings it carries"
     )
-    flags.add_drawing(p)
+    groups.add_drawing(p)
     p.add_argument("--n-iter", type=int, default=1, metavar="N", help="batches for each prompt")
     p.add_argument(
         "--explain", action="store_true", help="tell tokens, weights, levels and files, and draw nothing"
     )
-    words = flags.add_words(p)
+    words = groups.add_words(p)
     words.add_argument(
         "--models-dir", type=Path, metavar="FOLDER", help="where --from-picture finds files by their hashes"
     )
-    flags.add_second_pass(p)
-    flags.add_leading(p)
+    groups.add_second_pass(p)
+    groups.add_leading(p)
     p.add_argument("--depth", type=Path, metavar="PICTURE", help="for depth models: white is near")
-    flags.add_noise(p)
-    flags.add_model(p)
-    flags.add_sampling(p)
-    files = flags.add_output(p)
+    groups.add_noise(p)
+    groups.add_model(p)
+    groups.add_sampling(p)
+    files = groups.add_output(p)
     files.add_argument(
         "--no-grid", "--skip-grid", action="store_true", help=f"no sheet of all pictures (up to {MAX_GRID})"
     )
     files.add_argument("--skip-save", action="store_true", help="save only the sheet")
-    flags.add_resume(files)
+    groups.add_resume(files)
 
     old = p.add_argument_group(
         "flags of the original script",
