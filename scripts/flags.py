@@ -229,7 +229,9 @@ def models(a: argparse.Namespace) -> Models:
         loaded = replace(loaded, refiner=ldm.load(a.refiner, device=home, dtype=dtype))
     if a.lowvram:
         loaded = offloaded(loaded, device, blocks=a.lowvram == "blocks")
-    if a.fast:
+    if a.fast and device.type == "cpu":
+        ldm.optimize(loaded)
+    elif a.fast:
         usual, rows = loaded.default_size, a.batch_size * (1 if a.cfg_scale == 1 else 2)
         loaded = fast(loaded, sizes=[(a.width or usual, a.height or usual, rows)])
     return loaded

@@ -80,7 +80,9 @@ def add_model(p: argparse.ArgumentParser) -> None:
         help="hold only the running part of the model on the device, or the running block of its UNet",
     )
     model.add_argument(
-        "--fast", action="store_true", help="compile the UNet: a minute at first, then faster (CUDA)"
+        "--fast",
+        action="store_true",
+        help="faster networks, see docs/performance.md (CPU) or docs/memory.md (CUDA: a minute to compile)",
     )
     model.add_argument(
         "--prediction", choices=("eps", "v"), help="what the UNet predicts, where its file says it wrongly"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -309,3 +310,9 @@ def test_ctrl_c_keeps_what_is_finished(checkpoint: Path, tmp_path: Path):
     assert sorted(saved) == sorted(str(path) for path in (tmp_path / "out").iterdir())
     for path in saved:
         Image.open(path).load()
+
+
+def test_fast_draws_the_same_picture_but_for_rounding(draw, tmp_path: Path):
+    assert draw("a cat") == draw("a cat", "--fast") == 0
+    plain, fast = (np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / "out").iterdir()))
+    assert np.abs(plain - fast).max() <= 1
