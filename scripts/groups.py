@@ -82,7 +82,7 @@ def add_model(p: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--fast",
         action="store_true",
-        help="faster networks, see docs/performance.md (CPU) or docs/memory.md (CUDA: a minute to compile)",
+        help="faster networks, see docs/performance.md; on CUDA it compiles for a minute first",
     )
     model.add_argument(
         "--prediction", choices=("eps", "v"), help="what the UNet predicts, where its file says it wrongly"
