@@ -96,7 +96,9 @@ def test_a_hint_leads_and_is_written_down(draw, folder: Path, tmp_path: Path):
     assert draw("grey.jpg", *control, "--control-weight", "0") == 0
     plain, led, unled = (Image.open(path) for path in saved(tmp_path))
     assert plain.tobytes() == unled.tobytes() != led.tobytes()
-    assert 'ControlNet 0: "Module: canny, Model: edges, Weight: 2, Guidance Start: 0' in led.info["parameters"]
+    assert (
+        'ControlNet 0: "Module: canny, Model: edges, Weight: 2, Guidance Start: 0' in led.info["parameters"]
+    )
 
 
 def test_models_with_further_inputs_draw(draw, folder: Path, tmp_path: Path):
