@@ -352,7 +352,8 @@ def test_old_versions_of_the_web_ui_had_other_times_of_editing():
 def test_what_cannot_be_used_is_said_field_by_field():
     made, notes = read(
         "p\nSteps: many, Sampler: Undefined, Schedule type: karas, CFG scale: nan, Seed: -1, Size: big, "
-        "Eta: 0.5, Emphasis: loud, Hires upscale: 2, Hires steps: few, Face restoration: GFPGAN, Model: x, Version: v1.5.1, "
+        "Eta: 0.5, Emphasis: loud, Hires upscale: 2, Hires steps: few, Face restoration: GFPGAN, "
+        "Model: x, Version: v1.5.1, "
         'Compatibility: "wings: two"'
     )
     compat = replace(PROFILES["a1111"], old_edit_times=True)
