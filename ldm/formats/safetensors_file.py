@@ -293,5 +293,7 @@ def write(
     with atomic_write(path, overwrite=overwrite) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            flat = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+            whole = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
+            # One element may have any stride and count as contiguous, but bytes want a stride of 1.
+            flat = whole.as_strided((whole.numel(),), (1,))
             file.write(flat.view(torch.uint8).numpy().data)
