@@ -96,7 +96,7 @@ def written(edit: Edit | None, hires: Hires | None) -> Iterator[tuple[str, str]]
             yield from _differences(_SOFT, edit.soft, Soft())
     if hires is not None:
         yield STRENGTH, number(hires.strength)
-        yield from _differences(HIRES, hires, Hires(scale=1, upscaler="none"))
+        yield from _differences(HIRES, hires, None)  # None there: as in the first pass
         if hires.width or hires.height:
             yield RESIZE, f"{hires.width or 0}x{hires.height or 0}"
 
@@ -104,7 +104,7 @@ def written(edit: Edit | None, hires: Hires | None) -> Iterator[tuple[str, str]]
 def _differences(table: tuple[Field, ...], record: Any, default: Any) -> Iterator[tuple[str, str]]:
     for field in table:
         value = getattr(record, field.attribute)
-        if value != getattr(default, field.attribute):
+        if value != getattr(default, field.attribute, None):
             yield field.name, field.write(value)
 
 

@@ -28,4 +28,4 @@ class NotFiniteError(LdmError):
 def check_range(name: str, value: float | None, low: float, high: float) -> None:
     """Raise RequestError if a setting is out of its range; None is no value, and NaN is in no range."""
     if value is not None and not low <= value <= high:
-        raise RequestError(f"{name} must be {low} to {high}, got {value}")
+        raise RequestError(f"{name} must be {low} to {high}, got {str(value)[:40]}")

@@ -20,6 +20,7 @@ from math import atan, exp, lgamma
 import numpy as np
 
 from ldm.errors import SamplerError
+from ldm.formats.mapped import printable
 
 
 class Kind(Enum):
@@ -222,6 +223,7 @@ def spacing_name(name: str) -> str:
     key = PLAIN_NAMES.get(plain(name))
     if key is None:
         guess = get_close_matches(plain(name), PLAIN_NAMES, n=1)
-        hint = f"did you mean {PLAIN_NAMES[guess[0]]!r}?" if guess else f"choose from {', '.join(SPACINGS)}"
-        raise SamplerError(f"unknown spacing {name!r}; {hint}")
+        usual = ", ".join(list(SPACINGS)[:6])
+        hint = f"did you mean {PLAIN_NAMES[guess[0]]!r}?" if guess else f"choose {usual}, ..."
+        raise SamplerError(f"unknown spacing {printable(name)!r}; {hint}")
     return key

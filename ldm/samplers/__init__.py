@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm import schedules
 from ldm.denoise import Denoise
 from ldm.errors import SamplerError
+from ldm.formats.mapped import printable
 from ldm.noise import Noise
 from ldm.samplers import ddim, dpm2, dpm_solver, dpmpp, euler, heun, lcm, multistep, restart, unipc
 from ldm.samplers.step import Step
@@ -162,10 +163,9 @@ def parse(name: str, schedule: str | None = None) -> tuple[Sampler, str]:
         if sampler and bare.endswith(suffix):
             return sampler, spacing or sampler.spacing
     guesses = get_close_matches(bare, _BY_PLAIN_NAME, n=3, cutoff=0.5)
-    names = list(dict.fromkeys(_BY_PLAIN_NAME[guess].name for guess in guesses)) or list(SAMPLERS)
-    raise SamplerError(
-        f"unknown sampler {name!r}; {'did you mean' if guesses else 'choose from'} {', '.join(names)}"
-    )
+    names = ", ".join(dict.fromkeys(_BY_PLAIN_NAME[guess].name for guess in guesses))
+    hint = f"did you mean {names}?" if names else f"choose {', '.join(list(SAMPLERS)[:8])}, ..."
+    raise SamplerError(f"unknown sampler {printable(name)!r}; {hint}")
 
 
 def settings(name: str) -> dict[str, str]:
