@@ -133,15 +133,15 @@ def draw(
     done, failed = total - sum(len(missing) for _, missing in todo), False
     if done:
         print(f"{done} of {total} pictures are there already", file=sys.stderr)
-    seed = jobs[0].request.seed  # of the next picture
+    finished = 0  # of the jobs
 
     def reached() -> str:
-        how = f"the next has seed {seed}" if has is None else "the same command goes on from there"
-        return f"{done} of {total} pictures are done, {how}"
+        how = how_to_go_on(jobs, finished) if has is None else "the same command goes on from there"
+        return f"{done} of {total} pictures are done; {how}"
 
     with patient() as asked, tqdm(total=0, unit="step", dynamic_ncols=True, delay=0.01) as bar:
         for i, (job, missing) in enumerate(todo):
-            seed = job.request.seed
+            finished = i
             try:
                 latents = None
                 inputs = job.inputs()
@@ -162,7 +162,7 @@ def draw(
                     place = one.place - job.place
                     save(picture(models, run, place, latents[place]), one)
                     done += 1
-                    seed = one.request.seed + 1
+                    finished += one is missing[-1]
                     if asked():
                         raise KeyboardInterrupt
             except (LdmError, RuntimeError, MemoryError) as error:  # the last two: out of memory
@@ -180,6 +180,18 @@ def draw(
         print(f"{done} of {total} pictures are done", file=sys.stderr)
         return Exit.FAILED if done else Exit.USAGE
     return Exit.DONE
+
+
+def how_to_go_on(jobs: Sequence[Job], finished: int) -> str:
+    """For people, after so many jobs of a run without --resume."""
+    if finished == len(jobs):
+        return "these are all"
+    if len(jobs) == 1:
+        return "the same command begins again"
+    job, count = jobs[finished], len(jobs) - finished
+    if all(replace(one.request, seed=0) == replace(job.request, seed=0) and not one.name for one in jobs):
+        return f"for the others add --seed {job.request.seed} --n-iter {count}"
+    return f"the next is {job} with seed {job.request.seed}; a run with --resume goes on by itself"
 
 
 def facts(models: Models, jobs: Sequence[Job], inputs: Inputs) -> dict[str, str]:

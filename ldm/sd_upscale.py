@@ -22,6 +22,7 @@ from ldm.models import Models
 from ldm.pipeline import txt2img
 from ldm.planning import autoencoder, plan
 from ldm.request import Request
+from ldm.sheets.cells import fingerprint
 from ldm.tiles import Grid, blended, grid
 from ldm.upscalers import Progress, Upscaler, enlarged
 
@@ -34,6 +35,10 @@ class Tiles:
     places: Grid
     runs: tuple[tuple[Request, Inputs], ...]  # in the order of places.boxes
     text: str  # the settings, for the whole picture
+
+    def names(self, models: Models) -> list[str]:
+        """For each tile the name of a file to keep it in: the same if and only if it is drawn the same."""
+        return [f"{fingerprint(models, plan(models, *run))}.png" for run in self.runs]
 
     def joined(self, drawn: Iterable[Image.Image]) -> Image.Image:
         """The whole picture from its drawn tiles, which may be made while they are asked for."""

@@ -3,8 +3,9 @@
     python scripts/sd_upscale.py picture.png "a red apple"
     python scripts/sd_upscale.py photo.png "stone walls" --ckpt v1-5-pruned-emaonly.safetensors --scale 3
 
-The prompt is drawn into each tile: keep --strength low, or hold the picture together with a ControlNet. The
-saved path goes to stdout, everything else to stderr. --width and --height are those of a tile.
+The prompt is drawn into each tile: keep --strength low, or hold the picture together with a ControlNet.
+--width and --height are those of a tile. Drawn tiles are kept until the picture is done: after Ctrl-C, the
+same command goes on. The saved path goes to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import flags
@@ -57,6 +59,7 @@ def run(a: argparse.Namespace) -> int:
     """Check every value, then load, draw and save. Returns the exit code."""
     import ldm
     from ldm import cli
+    from ldm.images import ENDINGS, save
     from ldm.reproduce import prepare, settings
     from ldm.sd_upscale import chosen, tiles
     from ldm.upscalers import DEFAULT, load_upscaler, upscaler_named
@@ -84,16 +87,28 @@ def run(a: argparse.Namespace) -> int:
     else:
         upscaler = load_upscaler(a.upscaler or DEFAULT, library, device=device)
     parts = tiles(models, request, inputs, upscaler, scale=a.scale, overlap=a.overlap)
-    drawn = []
+    file = a.out.suffix.lower() in ENDINGS
+    folder = a.out.with_name(f"{a.out.stem}-tiles") if file else a.out / "tiles"
+    paths = {one.seed: folder / name for (one, _), name in zip(parts.runs, parts.names(models), strict=True)}
     jobs = [
         cli.Job(one, lambda inputs=inputs: inputs, f"tile {i} of {len(parts.runs)}")
         for i, (one, inputs) in enumerate(parts.runs, start=1)
     ]
-    code = cli.draw(models, jobs, lambda image, job: drawn.append(image))
+    cli.Output(folder).prepare(len(jobs))
+    code = cli.draw(
+        models,
+        jobs,
+        save=lambda image, job: save(image, paths[job.request.seed], overwrite=True),
+        has=lambda job: paths[job.request.seed].exists(),
+    )
     if code is not cli.Exit.DONE:
-        print("sd_upscale: not all tiles are drawn, so nothing is saved", file=sys.stderr)
+        print(f"sd_upscale: the tiles that are drawn wait in {folder}", file=sys.stderr)
         return code
-    output.save(parts.joined(drawn), f"{request.seed}-{a.picture.stem}")
+    output.save(parts.joined(map(ldm.read_picture, paths.values())), f"{request.seed}-{a.picture.stem}")
+    for path in paths.values():
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # tiles of another run wait there
+        folder.rmdir()
     return cli.Exit.DONE
 
 

@@ -74,6 +74,18 @@ def test_any_size_is_covered_by_tiles_of_good_sizes() -> None:
     assert parts.joined(given.picture for _, given in parts.runs).tobytes() == parts.enlarged.tobytes()  # type: ignore[misc]
 
 
+def test_tiles_have_the_same_names_if_they_are_drawn_the_same() -> None:
+    models, inputs = tiny("sd1"), Inputs(picture=picture())
+
+    def names(**changed: object) -> list[str]:
+        return tiles(models, replace(REQUEST, **changed), inputs, LANCZOS, overlap=24).names(models)
+
+    assert names() == names()
+    assert len(set(names())) == 2
+    for changed in ({"seed": 7}, {"prompt": "a dog"}, {"edit": Edit(strength=0.7)}):
+        assert not set(names()) & set(names(**changed))
+
+
 @pytest.mark.parametrize(
     ("request_", "settings"),
     [

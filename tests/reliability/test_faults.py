@@ -120,7 +120,8 @@ def test_a_full_disk_tells_how_far_the_run_came(
         txt2img(["7", "--ckpt", str(checkpoint), *SMALL, "--n-iter", "9", "--out", str(tmp_path / "o")]) == 3
     )
     assert last_line(capsys.readouterr().err) == (
-        "txt2img: [Errno 28] No space left on device; 1 of 9 pictures are done, the next has seed 43"
+        "txt2img: [Errno 28] No space left on device; 1 of 9 pictures are done; "
+        "for the others add --seed 43 --n-iter 8"
     )
 
 

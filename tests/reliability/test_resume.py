@@ -1,6 +1,8 @@
 """Promise 18: a run of many pictures, ended as often as you like, leaves the files of one that was not."""
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -125,3 +127,34 @@ def test_one_picture_and_a_named_file_are_no_run(checkpoint: Path, tmp_path: Pat
     assert txt2img([*words, "--out", str(tmp_path / "a.png")]) == 2
     with pytest.raises(SystemExit):
         txt2img([*words, "--skip-save"])
+
+
+def test_a_picture_in_tiles_goes_on_with_the_next_tile(tmp_path: Path):
+    """Ctrl-C, then kill -9, then to the end: no drawn tile is lost, and the picture is the same."""
+    tiny("sd1").save(tmp_path / "tiny.safetensors")
+    Image.linear_gradient("L").resize((24, 24)).save(tmp_path / "small.png")
+    words = [str(tmp_path / "small.png"), "a cat", "--ckpt", str(tmp_path / "tiny.safetensors"), *SMALL]
+    words += ["--overlap", "8", "--upscaler", "Lanczos", "--out"]  # 25 tiles
+    whole, out, log = tmp_path / "whole.png", tmp_path / "out.png", tmp_path / "log"
+    kept = tmp_path / "out-tiles"
+    for number in (signal.SIGINT, signal.SIGKILL):
+        before = set(kept.glob("*.png"))
+        run = start("sd_upscale", [*words, str(out)], log)
+        while run.is_alive() and len(set(kept.glob("*.png"))) < len(before) + 2:
+            time.sleep(0.005)
+        assert run.pid is not None
+        os.kill(run.pid, number)
+        run.join(60)
+        assert run.exitcode == (130 if number == signal.SIGINT else -9)
+        assert before < set(kept.glob("*.png"))
+        assert not out.exists()
+    said, drawn = log.read_text(), len(list(kept.glob("*.png")))
+    assert "of 25 pictures are done; the same command goes on from there" in said
+    assert f"the tiles that are drawn wait in {kept}\n" in said
+    for path in (out, whole):
+        last = start("sd_upscale", [*words, str(path)], log)
+        last.join(60)
+        assert last.exitcode == 0
+    assert f"{drawn} of 25 pictures are there already" in log.read_text()
+    assert out.read_bytes() == whole.read_bytes()
+    assert not kept.exists()

@@ -52,7 +52,10 @@ def test_asked_within_the_networks(part: str, times: int, tmp_path: Path, capsys
     assert (
         capsys.readouterr()
         .err.splitlines()[-1]
-        .endswith(f"stopped; {finished} of 4 pictures are done, the next has seed {finished}")
+        .endswith(
+            f"stopped; {finished} of 4 pictures are done; "
+            f"for the others add --seed {finished} --n-iter {4 - finished}"
+        )
     )
 
 
