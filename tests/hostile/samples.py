@@ -282,7 +282,8 @@ def legacy_files(good: bytes) -> dict[str, bytes]:
 def hostile_files(marker: Path) -> dict[str, bytes]:
     """Every file by name. None may load, none may run anything, each must be refused in one line."""
     good = state_dict(tensor())
-    files: dict[str, bytes] = {}
+    files = {f"header_{key}.safetensors": data for key, data in headers().items()}
+    empty = files["header_no_tensor.safetensors"]
     for key, pickled in {**calls(marker), **routes()}.items():
         files[f"zip_{key}.ckpt"] = zipped(pickled)
         files[f"legacy_{key}.pt"] = legacy(pickled)
@@ -292,7 +293,7 @@ def hostile_files(marker: Path) -> dict[str, bytes]:
         files[f"zip_named_{key}.safetensors"] = zipped(pickled)
         files[f"deflated_{key}.ckpt"] = zipped(pickled, method=zipfile.ZIP_DEFLATED)
         files[f"before_zip_{key}.ckpt"] = pickled + zipped(good)
-        files[f"before_safetensors_{key}.safetensors"] = pickled + headers()["no_tensor"]
+        files[f"before_safetensors_{key}.safetensors"] = pickled + empty
         files[f"legacy_keys_{key}.pt"] = legacy(good)[: -len(pickle.dumps(["0"], 2)) - 24] + pickled
         files[f"legacy_machine_{key}.pt"] = legacy(good)[:40] + pickled
     for key, pickled in tensors().items():
@@ -300,7 +301,6 @@ def hostile_files(marker: Path) -> dict[str, bytes]:
         files[f"legacy_tensor_{key}.pt"] = legacy(pickled)
     files |= {f"zip_bomb_{key}.ckpt": zipped(pickled) for key, pickled in bombs().items()}
     files |= {f"zip_{key}.ckpt": data for key, data in zips(good).items()}
-    files |= {f"header_{key}.safetensors": data for key, data in headers().items()}
     files |= {f"legacy_{key}.pt": data for key, data in legacy_files(good).items()}
     files |= {f"mistake_{key}.ckpt": data for key, data in mistakes().items()}
     files |= {f"mistake_{key}.safetensors": data for key, data in mistakes().items()}
