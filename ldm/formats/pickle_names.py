@@ -113,8 +113,8 @@ def checked(tensor: TensorRef) -> TensorRef:
 def tensor_v2(args: tuple, dtype: torch.dtype | None = None) -> TensorRef:
     """storage, offset, shape, stride, requires_grad, backward_hooks[, metadata]"""
     match args:
-        case (StorageRef() as storage, int(offset), shape, stride, *rest) if all(
-            map(is_shape, (shape, stride))
+        case (StorageRef() as storage, int(offset), shape, stride, *rest) if is_shape(shape) and is_shape(
+            stride
         ):
             dtype = dtype or storage.dtype
             flags = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
@@ -144,12 +144,9 @@ def parameter(args: tuple) -> TensorRef:
 def tensor_subclass(args: tuple) -> TensorRef:
     """rebuild function, class, its arguments, state: the class and the state are dropped"""
     match args:
-        case (Function() as rebuild, _, tuple(inner), *_) if rebuild.call in (
-            tensor_v2,
-            tensor_v3,
-            parameter,
-        ):
-            return call(rebuild, inner)
+        case (Function(call=function) as rebuild, _, tuple(inner), *_):
+            if function in (tensor_v2, tensor_v3, parameter):
+                return call(rebuild, inner)
     raise misuse("_rebuild_from_type_v2")
 
 
@@ -214,49 +211,8 @@ def numpy_scalar(args: tuple) -> Any:
 
 
 NUMPY_CODES = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "b1": "?"}
-BUILTINS = ("builtins", "__builtin__")  # the second is their name in Python 2, and in protocols below 3
 
-FUNCTIONS: dict[tuple[str, str], Callable[[tuple], Any]] = {
-    ("torch._utils", "_rebuild_tensor"): tensor_v2,
-    ("torch._utils", "_rebuild_tensor_v2"): tensor_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): tensor_subclass,
-    ("torch", "Size"): sequence,
-    ("torch", "device"): device,
-    ("collections", "OrderedDict"): mapping,
-    ("collections", "Counter"): mapping,
-    ("collections", "defaultdict"): mapping,
-    ("_codecs", "encode"): encoded,
-    ("numpy.core.multiarray", "scalar"): numpy_scalar,
-    ("numpy._core.multiarray", "scalar"): numpy_scalar,
-    **{(module, name): sequence for module in BUILTINS for name in ("set", "frozenset")},
-    **{(module, name): encoded for module in BUILTINS for name in ("bytes", "bytearray")},
-    **{(module, "complex"): complex_number for module in BUILTINS},
-}
-
-# Classes that may be named, and even "called": the result is an Opaque record. OmegaConf's containers, which
-# Lightning stores as hyper-parameters, name typing.Any and the built-in types.
-OPAQUE_ROOTS = {"pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "ldm", "taming", "sgm"}
-OPAQUE_NAMES = {
-    ("torch", "Tensor"),
-    ("torch.nn.parameter", "Parameter"),
-    ("torch.nn.modules.container", "ParameterDict"),
-    ("numpy", "dtype"),
-    *(
-        ("numpy", name)
-        for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "bool_")
-    ),
-    ("typing", "Any"),
-    *(
-        (module, name)
-        for module in BUILTINS
-        for name in ("dict", "list", "tuple", "str", "int", "long", "float", "bool")
-    ),
-}
-
-# torch's element types by the names of their storage classes.
+# torch's element types by the names of their storage classes, and those that have none.
 STORAGES = {
     "Double": torch.float64,
     "Float": torch.float32,
@@ -274,22 +230,58 @@ STORAGES = {
 }
 NEW_DTYPES = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
 NEW_DTYPES += (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*STORAGES.values(), *NEW_DTYPES)}
+
+BUILTINS = "builtins __builtin__"  # the second is their name in Python 2, and in protocols below 3
+FUNCTIONS = (
+    (tensor_v2, "torch._utils", "_rebuild_tensor _rebuild_tensor_v2"),
+    (tensor_v3, "torch._utils", "_rebuild_tensor_v3"),
+    (parameter, "torch._utils", "_rebuild_parameter _rebuild_parameter_with_state"),
+    (tensor_subclass, "torch._tensor", "_rebuild_from_type_v2"),
+    (mapping, "collections", "OrderedDict Counter defaultdict"),
+    (sequence, "torch", "Size"),
+    (sequence, BUILTINS, "set frozenset"),
+    (encoded, "_codecs", "encode"),
+    (encoded, BUILTINS, "bytes bytearray"),
+    (complex_number, BUILTINS, "complex"),
+    (device, "torch", "device"),
+    (numpy_scalar, "numpy.core.multiarray numpy._core.multiarray", "scalar"),
+)
+# Classes that may be named, and even "called": the result is an Opaque record. OmegaConf's containers, which
+# Lightning stores as hyper-parameters, name typing.Any and the built-in types.
+CLASSES = (
+    ("torch", "Tensor"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch.nn.modules.container", "ParameterDict"),
+    ("numpy", "dtype float64 float32 float16 int64 int32 int16 int8 bool_"),
+    ("typing", "Any"),
+    (BUILTINS, "dict list tuple str int long float bool"),
+)
+OPAQUE_ROOTS = {"pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "ldm", "taming", "sgm"}
+
+NAMES: dict[tuple[str, str], object] = {
+    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in (*STORAGES.values(), *NEW_DTYPES)},
+    **{("torch", f"{kind}Storage"): StorageClass(dtype) for kind, dtype in STORAGES.items()},
+    **{("torch.storage", f"{kind}Storage"): StorageClass(dtype) for kind, dtype in STORAGES.items()},
+    **{
+        (module, name): Function(name, function)
+        for function, modules, names in FUNCTIONS
+        for module in modules.split()
+        for name in names.split()
+    },
+    **{
+        (module, name): OpaqueClass(f"{module}.{name}")
+        for modules, names in CLASSES
+        for module in modules.split()
+        for name in names.split()
+    },
+}
 
 
-def find(module: str, name: str) -> Any:
+def find(module: str, name: str) -> object:
     """What a global name means here. Raises CheckpointError if a weight file has no business with it."""
-    if function := FUNCTIONS.get((module, name)):
-        return Function(name, function)
-    if module == "torch" and name in DTYPES:
-        return DTYPES[name]
-    if (
-        module in ("torch", "torch.storage")
-        and name.removesuffix("Storage") in STORAGES
-        and name.endswith("Storage")
-    ):
-        return StorageClass(STORAGES[name.removesuffix("Storage")])
-    if module.split(".")[0] in OPAQUE_ROOTS or (module, name) in OPAQUE_NAMES:
+    if (module, name) in NAMES:
+        return NAMES[module, name]
+    if module.split(".")[0] in OPAQUE_ROOTS:
         return OpaqueClass(f"{module}.{name}")
     shown = printable(f"{module}.{name}", 50)
     raise CheckpointError(f"its pickle names {shown}, which no weight file needs; do not use this file")

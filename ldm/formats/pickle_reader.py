@@ -32,10 +32,8 @@ from ldm.formats.pickle_names import (
 BUDGET = 50_000_000  # bytes of Python objects, roughly, as charged below
 OPCODE_COST = 10
 NUMBER_COST = 32
-TEXT_COST = 50
-CONTAINER_COST = 64
-MEMO_COST = 64
-CALL_COST = 70
+OBJECT_COST = 64  # of an empty text or container, a record, an entry of the memo
+ENTRY_COST = 50  # of a key or a value of a dict
 TENSOR_COST = 400  # of the torch tensor that it will become
 MAX_TEXT = 4_000_000  # bytes of one text
 MAX_NAME = 500  # characters of a global name
@@ -115,7 +113,7 @@ class Unpickler:
 
     def text(self, size: int) -> bytes:
         """The bytes of a text whose length is the next `size` bytes."""
-        self.spend(TEXT_COST)
+        self.spend(OBJECT_COST)
         return self.take(self.number(size))
 
     def line(self) -> str:
@@ -145,7 +143,7 @@ class Unpickler:
             raise CheckpointError(f"its pickle has the unknown protocol {protocol}; do not use this file")
 
     def mark(self) -> None:
-        self.spend(CONTAINER_COST)
+        self.spend(OBJECT_COST)
         self.marked.append(self.stack)
         self.stack = []
 
@@ -156,7 +154,7 @@ class Unpickler:
             self.items()
 
     def container(self, value: Any) -> None:
-        self.spend(CONTAINER_COST + (8 * len(value) if value else 0))
+        self.spend(OBJECT_COST + (8 * len(value) if value else 0))
         self.push(value)
 
     def new_dict(self) -> None:
@@ -177,7 +175,7 @@ class Unpickler:
     def set_items(self, items: list[Any]) -> None:
         match self.stack[-1]:
             case dict(target) if len(items) % 2 == 0:
-                self.spend(50 * len(items))
+                self.spend(ENTRY_COST * len(items))
                 for key, value in zip(items[::2], items[1::2], strict=True):
                     if is_key(key):
                         target[key] = value
@@ -187,7 +185,7 @@ class Unpickler:
                 raise damaged()
 
     def remember(self, key: int) -> None:
-        self.spend(MEMO_COST)
+        self.spend(OBJECT_COST)
         self.memo[key] = self.stack[-1]
 
     def recall(self, key: int) -> None:
@@ -206,7 +204,7 @@ class Unpickler:
     def global_name(self, module: object, name: object) -> None:
         if not (isinstance(module, str) and isinstance(name, str) and len(module) + len(name) <= MAX_NAME):
             raise damaged()
-        self.spend(CONTAINER_COST)
+        self.spend(OBJECT_COST)
         self.push(find(module, name))
 
     def call(self, args: object) -> None:
@@ -214,15 +212,16 @@ class Unpickler:
         function = self.stack.pop()
         if not isinstance(args, tuple):
             raise damaged()
-        self.spend(CALL_COST)
+        self.spend(OBJECT_COST)
         match function:
             case OpaqueClass(name=name):
                 self.push(Opaque(name, args))
             case Function():
-                for arg in args[:1]:  # the only one whose size can count: a text to encode, items of a dict
-                    self.spend(
-                        len(arg) if isinstance(arg, str) else 50 * len(arg) if isinstance(arg, list) else 0
-                    )
+                match args:  # whose size can count
+                    case (str(text), *_):
+                        self.spend(len(text))
+                    case (list(items), *_):
+                        self.spend(ENTRY_COST * len(items))
                 result = call(function, args)
                 self.spend(TENSOR_COST if isinstance(result, TensorRef) else 0)
                 self.push(result)
@@ -243,20 +242,19 @@ class Unpickler:
     def persistent(self) -> None:
         """A storage: ("storage", class, key, device, numel[, None])."""
         match self.stack.pop():
-            case ("storage", StorageClass(dtype=dtype), str(key), str(), int(numel)) if numel >= 0:
-                pass
-            case ("storage", StorageClass(dtype=dtype), str(key), str(), int(numel), None) if numel >= 0:
-                pass
+            case ("storage", StorageClass(dtype), str(key), str(), int(numel), *view) if (
+                numel >= 0 and view in ([], [None])
+            ):
+                storage = StorageRef(key, dtype, numel)
             case _:
                 raise CheckpointError(
                     "its pickle asks for something else than stored numbers; do not use this file"
                 )
-        self.spend(CONTAINER_COST)
-        storage = StorageRef(key, dtype, numel)
         if self.storages.setdefault(key, storage) != storage:
             raise CheckpointError(
                 f"its pickle describes the storage '{printable(key, 20)}' in two ways; do not use this file"
             )
+        self.spend(OBJECT_COST)
         self.push(storage)
 
 
