@@ -35,21 +35,21 @@ def denoisers(models: Models, run: Plan) -> list[Denoise]:
     refined = conditioning(refiner, replace(run, networks=Networks())) if refiner else base
     base, refined = faster.guided_in_part(run, base), faster.guided_in_part(run, refined)
     ending = refiner and _patient(refiner, refiner.denoiser.network)
-    schedule = models.denoiser.schedule
+    schedule, evaluations = models.denoiser.schedule, faster.Evaluations()
     last = len(schedule.sigmas) - 1
 
     @cache
     def controlled(active: tuple[int, ...]) -> Denoiser:
         network: Network = models.denoiser.network
         if request.reuse > 1:
-            network = faster.Reusing(models.unet, request.reuse)
+            network = faster.Reusing(models.unet, request.reuse, evaluations)
         if active:
             network = Controlled(network, [controls[i] for i in active])
         return _patient(models, network)
 
     @cache
     def guided(denoiser: Denoiser, guides: Guides, away: Denoiser | None) -> Denoise:
-        return cfg(
+        denoise = cfg(
             denoiser,
             guides,
             run.cfg_scale,
@@ -57,6 +57,7 @@ def denoisers(models: Models, run: Plan) -> list[Denoise]:
             image_scale=request.image_cfg_scale,
             away=away,
         )
+        return evaluations.counted(denoise)
 
     factor = autoencoder(models).config.factor
     hints = [fitting(one, run) for one in run.inputs.controls]

@@ -66,6 +66,7 @@ class Hires:
     sampler: str | None = None
     schedule: str | None = None
     cfg_scale: float | None = None
+    token_merging: float | None = None  # see ldm.token_merging
 
     def __post_init__(self) -> None:
         check_range("the scale of the second pass", self.scale, 1, 16)
@@ -74,6 +75,7 @@ class Hires:
         check_range("its steps", self.steps, 1, 10_000)
         check_range("its strength", self.strength, 0, 1)
         check_range("its cfg_scale", self.cfg_scale, 0, 1000)
+        check_range("its token_merging", self.token_merging, 0, 1)
 
     def target(self, width: int, height: int, multiple: int) -> tuple[int, int]:
         """The size to enlarge a picture of this size to, which `size` may cut from. Both multiples."""

@@ -80,6 +80,7 @@ HIRES = (
     Field("Hires upscaler", "upscaler", str, str),
     Field("Hires sampler", "sampler", str, str),
     Field("Hires schedule type", "schedule", str, str),
+    _float("Token merging ratio hr", "token_merging"),
 )
 RESIZE = "Hires resize"
 

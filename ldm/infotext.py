@@ -55,6 +55,8 @@ SETTINGS: Mapping[str, tuple[str, type[int] | type[float]]] = MappingProxyType(
         "Guidance max sigma": ("guidance_high", float),
         "Skip Early CFG": ("guidance_skip", float),
         "Feature reuse": ("reuse", int),
+        "Token merging ratio": ("token_merging", float),
+        "Token merging downsample": ("token_merging_downsample", int),
     }
 )
 """Fields that are numbers: (the field of `Request`, its type)."""
@@ -82,7 +84,6 @@ REMARKS = (
 ELSEWHERE = (
     "Face restoration",
     "First pass size",
-    "Token merging ratio",
     "Pad conds",
     "Discard penultimate sigma",
 )
@@ -180,6 +181,7 @@ def _fields(
         yield "Clip skip", str(request.clip_skip)
     if request.ensd:
         yield "ENSD", str(request.ensd)
+    yield from _changed(request, "Token merging ratio", "Token merging downsample")
     for name, text in inputs.items():
         yield name, quote(text)
     yield "RNG", "NV" if request.compat.noise == "philox" else "CPU"
@@ -194,8 +196,9 @@ def _fields(
         if files:
             yield name, quote(", ".join(f"{file}: {short}" for file, short in files.items()))
     yield from _options(request)
-
-    yield from _faster(request)
+    for least in _changed(request, "NGMS"):
+        yield from (least, (NGMS_ALL, "True"))
+    yield from _changed(request, "Guidance max sigma", "Skip Early CFG", "Feature reuse")
     if request.compat.emphasis != DEFAULT.emphasis:
         yield "Emphasis", request.compat.emphasis.capitalize()
     if request.cfg_rescale:
@@ -232,14 +235,12 @@ def _options(request: Request) -> Iterator[tuple[str, str]]:
             yield name, number(given[setting])
 
 
-def _faster(request: Request) -> Iterator[tuple[str, str]]:
-    """What was left out to be faster."""
-    for name in ("NGMS", "Guidance max sigma", "Skip Early CFG", "Feature reuse"):
+def _changed(request: Request, *names: str) -> Iterator[tuple[str, str]]:
+    """Those of these fields that are not the default."""
+    for name in names:
         setting, _ = SETTINGS[name]
         if (value := getattr(request, setting)) != getattr(PLAIN, setting):
             yield name, number(value)
-            if name == "NGMS":
-                yield NGMS_ALL, "True"
 
 
 @dataclass(frozen=True)

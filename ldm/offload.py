@@ -11,7 +11,7 @@ away, never written back: a part goes at no cost. Whoever changes weights (LoRA)
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class Room:
 
 
 _ROOMS: MutableMapping[nn.Module, Room] = WeakKeyDictionary()  # of the parts that are offloaded
+_IN_BLOCKS: WeakSet[nn.Module] = WeakSet()  # those of them that never come as a whole
 
 
 def offloaded(models: "Models", device: torch.device | str, *, blocks: bool = False) -> "Models":
@@ -68,6 +69,8 @@ def offloaded(models: "Models", device: torch.device | str, *, blocks: bool = Fa
             unit.register_forward_pre_hook(room.enter)
         for part in (one.unet, *one.text, *([one.vae] if one.vae else [])):
             _ROOMS[part] = room
+        if blocks:
+            _IN_BLOCKS.add(one.unet)
     return models
 
 
@@ -78,8 +81,11 @@ def _blocks(unet: UNet) -> Iterator[nn.Module]:
 
 
 def bring(module: nn.Module) -> None:
-    """For parts that are not only run by calling them, as autoencoders: bring one in, if it is offloaded."""
-    if module in _ROOMS:
+    """For parts that are not only run by calling them, as autoencoders: bring one in, if it is offloaded.
+
+    The blocks of a UNet, where they come one by one, need no such call.
+    """
+    if module in _ROOMS and module not in _IN_BLOCKS:
         _ROOMS[module].enter(module)
 
 

@@ -9,14 +9,14 @@ a pipeline of your own.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import hires, masks, networks, soft_inpainting, stepdown
+from ldm import hires, masks, networks, soft_inpainting, stepdown, token_merging
 from ldm.conditioning import denoisers
 from ldm.controlnet import Control
 from ldm.families import Concat
@@ -141,7 +141,7 @@ def latent_mask(models: Models, run: Plan) -> Tensor | None:
 @contextmanager
 def changed(models: Models, run: Plan) -> Iterator[None]:
     """Within the block the model is as the run wants it; then it is as before."""
-    with networks.applied(models, run.networks), texture(models, run):
+    with networks.applied(models, run.networks), texture(models, run), fewer_tokens(models, run):
         yield
 
 
@@ -153,6 +153,17 @@ def texture(models: Models, run: Plan) -> AbstractContextManager[None]:
     if models.refiner is not None:
         parts.append(models.refiner.denoiser.network)
     return seamless(*(part for part in parts if isinstance(part, nn.Module)))
+
+
+@contextmanager
+def fewer_tokens(models: Models, run: Plan) -> Iterator[None]:
+    """Within the block, self-attention merges tokens if the run shall do so."""
+    ratio, downsample = run.request.token_merging, run.request.token_merging_downsample
+    with ExitStack() as undo:
+        for one in (models, models.refiner) if ratio else ():
+            if one is not None:
+                undo.enter_context(token_merging.merging(one.unet, ratio, run.latent_shape[1:], downsample))
+        yield
 
 
 def given(models: Models, run: Plan) -> Tensor | None:

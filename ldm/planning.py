@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ldm import networks, schedules
+from ldm import faster, networks, schedules
 from ldm.canvas import Canvas, canvas, fitted
 from ldm.edit import Edit
 from ldm.errors import LdmError, RequestError
@@ -107,6 +107,7 @@ def plan(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Plan:
         sampler=hires.sampler or run.sampler.name,
         schedule=hires.schedule or (None if hires.sampler else run.spacing),
         cfg_scale=run.cfg_scale if hires.cfg_scale is None else hires.cfg_scale,
+        token_merging=request.token_merging if hires.token_merging is None else hires.token_merging,
         edit=Edit(strength=hires.strength or None),
         seed_resize_from=None,
         hires=None,
@@ -124,6 +125,7 @@ def _pass(models: Models, request: Request, inputs: Inputs, width: int, height: 
     sampler, spacing = parse(request.sampler or family.sampler, request.schedule)
     spacing = family.spacings.get(spacing, spacing)
     sampler.check_options(request.sampler_options())
+    faster.check(models, request, sampler)
     steps = request.steps or family.steps
     strength = None if request.edit is None else request.edit.strength or family.strength
     total, made = (

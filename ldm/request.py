@@ -53,6 +53,8 @@ class Request:
     guidance_high: float | None = None  # ... and above this one; None: there is no such limit
     guidance_skip: float = 0.0  # nor in this share of the steps, the first ones
     reuse: int = 1  # the UNet's deep features are made in every so many steps, and used again between
+    token_merging: float = 0.0  # share of the tokens that self-attention merges ...
+    token_merging_downsample: int = 1  # ... on maps at most so many times smaller than the latent
 
     # Further passes and pictures. The pictures themselves are `ldm.inputs.Inputs`.
     edit: Edit | None = None  # how a run starts from a given picture; None: it starts from noise alone
@@ -80,6 +82,8 @@ class Request:
         check_range("guidance_high", self.guidance_high, 0, 1_000_000)
         check_range("guidance_skip", self.guidance_skip, 0, 1)
         check_range("reuse", self.reuse, 1, 100)
+        check_range("token_merging", self.token_merging, 0, 1)
+        check_range("token_merging_downsample", self.token_merging_downsample, 1, 8)
         check_range("clip_skip", self.clip_skip, 1, 100)
         check_range("order", self.order, 1, 4)
         check_range("variation_seed", self.variation_seed, 0, MAX_SEED + 1 - self.batch_size)

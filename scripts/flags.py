@@ -80,6 +80,7 @@ def hires(a: argparse.Namespace) -> Hires | None:
         "sampler": a.hires_sampler,
         "schedule": a.hires_schedule,
         "cfg_scale": a.hires_cfg_scale,
+        "token_merging": a.hires_token_merging,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     if a.hires_size:
@@ -174,6 +175,8 @@ def request(a: argparse.Namespace, prompt: str = "", **more: Any) -> Request:
         guidance_high=a.guidance_high,
         guidance_skip=a.guidance_skip,
         reuse=a.reuse,
+        token_merging=a.token_merging,
+        token_merging_downsample=a.token_merging_downsample,
         **fields,
     )
     # Where the model chooses the sampler, any will do to read the name of the schedule.

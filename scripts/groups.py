@@ -109,6 +109,20 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
     faster.add_argument(
         "--reuse", type=int, default=1, metavar="N", help="make deep features in every N-th step only"
     )
+    faster.add_argument(
+        "--token-merging",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="merge this share of tokens, such as 0.5",
+    )
+    faster.add_argument(
+        "--token-merging-downsample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="2: on the next smaller maps, too",
+    )
 
 
 def add_output(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -150,6 +164,7 @@ def add_second_pass(p: argparse.ArgumentParser) -> None:
     hires.add_argument("--hires-sampler", metavar="NAME")
     hires.add_argument("--hires-schedule", metavar="NAME")
     hires.add_argument("--hires-cfg-scale", type=float, metavar="X")
+    hires.add_argument("--hires-token-merging", type=float, metavar="X")
     hires.add_argument("--upscalers-dir", type=Path, metavar="FOLDER", help="with files of upscalers")
 
 

@@ -182,6 +182,7 @@ _AXES = (
     Axis("Sampler", _names(samplers.parse), _sampler, named=False),
     _field("Hires sampler", "hires.sampler", _names(samplers.parse)),
     Axis("Checkpoint name", _files, _checkpoint, ("Checkpoint", "Model"), 1.0, named=False),
+    _field("Negative Guidance minimum sigma", "guidance_low", floats, "NGMS"),
     _field("Sigma Churn", "s_churn", floats, "s_churn"),
     _field("Sigma min", "s_tmin", floats, "Sigma tmin", "s_tmin"),
     _field("Sigma max", "s_tmax", floats, "Sigma tmax", "s_tmax"),
@@ -200,6 +201,8 @@ _AXES = (
     Axis("VAE", _files, _vae, cost=0.7),
     Axis("Styles", texts, _styles, ("Style",)),
     _field("UniPC Order", "order", integers, "Order", "Sampler order"),
+    _field("Token merging ratio", "token_merging", floats),
+    _field("Token merging ratio high-res", "hires.token_merging", floats),
     _field("Refiner switch at", "refiner_switch", floats, "Refiner switch"),
     Axis("RNG source", _names(_random_source), _noise, ("RNG",)),
     Axis("Emphasis", texts, _emphasis),
@@ -210,12 +213,9 @@ AXES: Mapping[str, Axis] = MappingProxyType({axis.name: axis for axis in _AXES})
 
 ABSENT: Mapping[str, str] = MappingProxyType(
     {
-        "Negative Guidance minimum sigma": "the negative prompt takes part in every step",
         "Beta schedule alpha": "the beta schedule has fixed parameters",
         "Beta schedule beta": "the beta schedule has fixed parameters",
         "Face restore": "there is no restoration of faces",
-        "Token merging ratio": "tokens are not merged",
-        "Token merging ratio high-res": "tokens are not merged",
         "Always discard next-to-last sigma": "the sampler decides that",
         "SGM noise multiplier": "the sampler decides that",
         "Refiner checkpoint": "one refiner serves the whole plot",

@@ -257,7 +257,7 @@ def test_styles_are_applied_last():
         ("RNG source: dice", "RNG source: a source of noise is CPU, NV or GPU, got 'dice'"),
         ("Compat: paint", "Compatibility: unknown profile 'paint'"),
         ("Prompt order: a,b,c,d,e,f,g", "Prompt order: 7 texts have too many orders"),
-        ("Token merging ratio: 0.5", "there is no axis 'Token merging ratio' here: tokens are not merged"),
+        ("Face restore: GFPGAN", "there is no axis 'Face restore' here: there is no restoration of faces"),
     ],
 )
 def test_an_axis_that_cannot_be_read_is_one_sentence(text: str, complaint: str):
