@@ -55,6 +55,10 @@ class Output:
         folder = self.path.parent if self._is_file else self.path
         try:
             folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise RequestError(
+                f"{folder} is no folder but a file; give a folder, or the name of a picture: x.png"
+            ) from None
         except OSError as error:
             raise RequestError(f"cannot make the folder {folder}: {error.strerror}") from None
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -150,7 +154,7 @@ def draw(
                 bar.total = begin + run.steps_made * (len(todo) - i)  # the others will be like this one
                 if i == 0 and run.strength is not None:
                     made = len(run.sigmas) - 1
-                    bar.write(f"strength {run.strength:g} makes {made} of {run.steps} steps", file=sys.stderr)
+                    print(f"strength {run.strength:g} makes {made} of {run.steps} steps", file=sys.stderr)
                 for step in sample(models, job.request, inputs):
                     latents = step.x
                     bar.update()

@@ -190,8 +190,10 @@ _DAMAGE = (
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     name = printable(path.name)
-    if not path.is_file():
+    if not path.exists():
         raise LdmError(f"there is no file {printable(str(path), 150)}")
+    if not path.is_file():
+        raise LdmError(f"{printable(str(path), 140)} is a folder or a device; give the path of a picture")
     too_large = LdmError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels; it is not read")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damage that does not keep the text from being read

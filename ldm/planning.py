@@ -203,6 +203,7 @@ def _size(models: Models, request: Request, inputs: Inputs, multiple: int) -> tu
             near = max(round(value / multiple), 1) * multiple
             why = " for a texture" if request.tiling else ""
             raise RequestError(f"{name} must be a multiple of {multiple}{why}, got {value}; try {near}")
+    replace(request, width=width, height=height)  # raises for sides that no run has: of a very thin picture
     return width, height
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import streams
+
 if TYPE_CHECKING:
     from ldm import Control, Hires, Models, Request
 
@@ -317,7 +319,8 @@ def main(
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Run a script: a polite kill is a Ctrl-C."""
+    """Run a script: a polite kill is a Ctrl-C, and a standard stream that goes away ends nothing."""
+    streams.protect()
 
     def stop(number: int, frame: object) -> None:
         stopping.set()
@@ -329,4 +332,8 @@ def start(main: Callable[[], int]) -> NoReturn:
         code = main()
     except KeyboardInterrupt:  # once more, while the first was being answered
         code = 130
+    sys.stdout.flush()
+    if code == 0 and streams.full():
+        print("not all that was to be told could be written to stdout", file=sys.stderr)
+        code = 3
     sys.exit(code)

@@ -147,8 +147,10 @@ def read_text(path: Path) -> str:
 
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read prompts from {path}: {error}") from None
+    except OSError as error:
+        raise RequestError(f"cannot read prompts from {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"cannot read prompts from {path}: it is no text in UTF-8") from None
 
 
 def draw(a: argparse.Namespace) -> int:

@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import ldm
 from ldm import LdmError
 from ldm.images import read_picture, read_text
+from tests.tiny_families import tiny
 
 
 def encoded(kind: str, **options: bool) -> bytes:
@@ -94,3 +96,9 @@ def test_compressed_texts_that_unpack_without_end_are_refused_or_left(tmp_path: 
         for read in (read_picture, read_text):
             with cheaply(), suppress(LdmError):
                 read(path)
+
+
+def test_a_picture_too_thin_to_draw_is_refused_before_the_first_step():
+    inputs = ldm.Inputs(picture=Image.new("RGB", (3, 4000)))
+    with pytest.raises(LdmError, match="width must be 8 to 16384, got 4"):
+        ldm.plan(tiny("embedded"), ldm.Request(edit=ldm.Edit()), inputs)
