@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ldm import lora
+from ldm import faster, lora
 from ldm.families import Picture
 from ldm.families.family import chunked, context_length
 from ldm.guidance import needs_negative
@@ -67,6 +67,7 @@ class Explanation:
             f"picture: {run.width} x {run.height}, {run.request.batch_size} at once",
             f"sampler: {run.sampler.name}, schedule {label}, {len(run.sigmas) - 1} steps{self._share}",
             f"evaluations of the network: {self.evaluations}, cfg scale {run.cfg_scale:g}",
+            *(f"less work: {line}" for line in faster.savings(run)),
             f"sigmas: {sigmas}",
             "prompt:",
             *map(str, self.prompt),
@@ -83,6 +84,7 @@ class Explanation:
                 f"second pass: {second.width} x {second.height}, {second.sampler.name}, "
                 f"{len(second.sigmas) - 1} steps from sigma {second.sigmas[0]:.4g}"
             )
+            lines += [f"second pass, less work: {line}" for line in faster.savings(second)]
         return "\n".join(lines)
 
     @property

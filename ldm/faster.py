@@ -10,7 +10,7 @@ Token merging has a page of its own, token_merging.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
@@ -47,24 +47,38 @@ def check(models: Models, request: Request, sampler: Sampler) -> None:
         )
 
 
-def guided_in_part(run: Plan, guides: Sequence[Guides]) -> list[Guides]:
-    """What leads each step, without the negative half where the request wants no guidance.
+def guided_steps(run: Plan) -> list[bool]:
+    """Which steps the request wants guided.
 
-    No guidance at step i of n at level sigma if sigma <= guidance_low ("NGMS" in the web UI), if
-    sigma > guidance_high, or if i / n <= guidance_skip ("Skip Early CFG"; there, 0 does not skip step 0).
+    Not step i of n at level sigma if sigma <= guidance_low ("NGMS" in the web UI), if sigma > guidance_high,
+    or if i / n <= guidance_skip ("Skip Early CFG"; there, 0 does not skip step 0).
     """
-    request, steps = run.request, len(guides)
+    request, steps = run.request, len(run.sigmas) - 1
     high = float("inf") if request.guidance_high is None else request.guidance_high
+    early = [request.guidance_skip > 0 and i / steps <= request.guidance_skip for i in range(steps)]
+    return [request.guidance_low < run.sigmas[i] <= high and not early[i] for i in range(steps)]
+
+
+def guided_in_part(run: Plan, guides: Sequence[Guides]) -> list[Guides]:
+    """What leads each step, without the negative half where the request wants no guidance."""
 
     @cache
     def alone(one: Guides) -> Guides:
         return one.alone()
 
-    def leads(i: int) -> bool:
-        early = request.guidance_skip > 0 and i / steps <= request.guidance_skip
-        return request.guidance_low < run.sigmas[i] <= high and not early
+    return [one if wanted else alone(one) for one, wanted in zip(guides, guided_steps(run), strict=True)]
 
-    return [one if leads(i) else alone(one) for i, one in enumerate(guides)]
+
+def savings(run: Plan) -> Iterator[str]:
+    """What a run leaves out, in words."""
+    request, guided = run.request, guided_steps(run)
+    if not all(guided):
+        yield f"guidance in {sum(guided)} of {len(guided)} steps"
+    if request.reuse > 1:
+        yield f"the UNet's deep features in 1 of {request.reuse} evaluations"
+    if request.token_merging > 0:
+        where = f"on maps down to 1/{request.token_merging_downsample} of the latent's size"
+        yield f"self-attention with {request.token_merging:.0%} of the tokens merged, {where}"
 
 
 @dataclass(eq=False)

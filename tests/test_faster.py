@@ -14,6 +14,7 @@ from ldm import infotext, interpret, offload
 from ldm.errors import RequestError
 from ldm.faster import Evaluations, Reusing
 from ldm.inputs import NO_INPUTS
+from ldm.planning import plan
 from ldm.unet import UNet
 from tests.test_controlnet import controlnet
 from tests.test_offload import REQUEST, copied
@@ -38,7 +39,7 @@ def rows(request: ldm.Request) -> list[int]:
 
 
 def test_outside_the_interval_half_the_work_is_done():
-    sigmas = ldm.plan(tiny("sd1"), GUIDED).sigmas[:-1]
+    sigmas = plan(tiny("sd1"), GUIDED).sigmas[:-1]
     low, high = sigmas[-3], sigmas[2]
     expected = [1 + (low < sigma <= high) for sigma in sigmas]
     assert expected == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1]
@@ -101,7 +102,7 @@ def made_in(request: ldm.Request, inputs: ldm.Inputs = NO_INPUTS, **of: Any) -> 
     models.unet.input_blocks[0].register_forward_pre_hook(evaluated)
     models.unet.middle_block.register_forward_pre_hook(lambda *_: made.append(count))
     assert np.asarray(ldm.txt2img(models, request, inputs)[0]).std() > 0
-    assert count + 1 == ldm.plan(models, request, inputs).steps_made or "refiner" in of
+    assert count + 1 == plan(models, request, inputs).steps_made or "refiner" in of
     return made
 
 
@@ -116,7 +117,7 @@ def test_features_are_made_in_every_so_many_evaluations():
 
 
 def test_features_are_never_from_long_ago():
-    sigmas = ldm.plan(tiny("sd1"), GUIDED).sigmas[:-1]
+    sigmas = plan(tiny("sd1"), GUIDED).sigmas[:-1]
     interval = replace(EVERY_THIRD, guidance_low=sigmas[-3], guidance_high=sigmas[2])
     assert made_in(interval) == [0, 2, 5, 7]  # without guidance, with, and without again
     assert made_in(replace(EVERY_THIRD, prompt="a [cat:dog:0.5]")) == [0, 3, 5, 8]
@@ -164,14 +165,14 @@ def test_reuse_on_a_device_that_holds_a_part_of_the_model(blocks: bool):
 
 def test_reuse_is_refused_where_it_cannot_be():
     with pytest.raises(RequestError, match="DPM adaptive would take") as adaptive:
-        ldm.plan(tiny("sd1"), replace(EVERY_THIRD, sampler="DPM adaptive"))
+        plan(tiny("sd1"), replace(EVERY_THIRD, sampler="DPM adaptive"))
     with pytest.raises(RequestError, match="DPM adaptive would take"):
-        ldm.plan(tiny("sd1"), replace(EVERY_THIRD, hires=ldm.Hires(sampler="DPM adaptive")))
+        plan(tiny("sd1"), replace(EVERY_THIRD, hires=ldm.Hires(sampler="DPM adaptive")))
     compiled = copied()
     compiled.unet.compile(backend="eager")
     with pytest.raises(RequestError, match="choose either reuse or --fast") as fixed:
-        ldm.plan(compiled, EVERY_THIRD)
-    ldm.plan(compiled, GUIDED)
+        plan(compiled, EVERY_THIRD)
+    plan(compiled, GUIDED)
     assert all(len(str(error.value)) <= 200 for error in (adaptive, fixed))
 
 
@@ -202,3 +203,17 @@ def test_the_web_ui_leaves_out_every_other_step_unless_it_says_so():
         infotext.parse(text.replace("NGMS: 0.5", "NGMS: 0.5, NGMS all steps: True"))
     )
     assert request.guidance_low == 0.5
+
+
+def test_an_explanation_tells_what_is_left_out():
+    request = replace(
+        GUIDED, guidance_skip=0.2, reuse=3, token_merging=0.5, hires=ldm.Hires(token_merging=0.25)
+    )
+    told = [line for line in str(ldm.explain(tiny("sd1"), request)).splitlines() if "less work" in line]
+    assert told[:3] == [
+        "less work: guidance in 7 of 10 steps",
+        "less work: the UNet's deep features in 1 of 3 evaluations",
+        "less work: self-attention with 50% of the tokens merged, on maps down to 1/1 of the latent's size",
+    ]
+    assert told[-1].startswith("second pass, less work: self-attention with 25% of the tokens")
+    assert "less work" not in str(ldm.explain(tiny("sd1"), GUIDED))
