@@ -305,7 +305,8 @@ def test_ctrl_c_keeps_what_is_finished(checkpoint: Path, tmp_path: Path):
     assert run.returncode == 130
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == (
-        f"stopped; {len(saved)} of 1000 pictures are done, the next has seed {42 + len(saved)}"
+        f"stopped; {len(saved)} of 1000 pictures are done; "
+        f"for the others add --seed {42 + len(saved)} --n-iter {1000 - len(saved)}"
     )
     assert sorted(saved) == sorted(str(path) for path in (tmp_path / "out").iterdir())
     for path in saved:
