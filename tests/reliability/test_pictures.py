@@ -20,6 +20,7 @@ from PIL import Image
 import ldm
 from ldm import LdmError
 from ldm.images import read_picture, read_text
+from ldm.planning import plan
 from tests.tiny_families import tiny
 
 
@@ -99,6 +100,6 @@ def test_compressed_texts_that_unpack_without_end_are_refused_or_left(tmp_path: 
 
 
 def test_a_picture_too_thin_to_draw_is_refused_before_the_first_step():
-    inputs = ldm.Inputs(picture=Image.new("RGB", (1, 40_000)))
-    with pytest.raises(LdmError, match="must be 8 to 16384, got"):
-        ldm.plan(tiny("embedded"), ldm.Request(edit=ldm.Edit()), inputs)
+    inputs = ldm.Inputs(picture=Image.new("RGB", (3, 4000)))
+    with pytest.raises(LdmError, match="width must be 8 to 16384, got 4"):
+        plan(tiny("embedded"), ldm.Request(edit=ldm.Edit()), inputs)
