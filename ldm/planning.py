@@ -94,6 +94,7 @@ def plan(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Plan:
         request = replace(request, edit=Edit())
     _check_inputs(models, request, inputs)
     width, height = _size(models, request, inputs, step_of_sizes(models, request))
+    replace(request, width=width, height=height)  # raises for sides that no run has: of a very thin picture
     run = _pass(models, request, inputs, width, height)
     if request.hires is None:
         return run
@@ -203,7 +204,6 @@ def _size(models: Models, request: Request, inputs: Inputs, multiple: int) -> tu
             near = max(round(value / multiple), 1) * multiple
             why = " for a texture" if request.tiling else ""
             raise RequestError(f"{name} must be a multiple of {multiple}{why}, got {value}; try {near}")
-    replace(request, width=width, height=height)  # raises for sides that no run has: of a very thin picture
     return width, height
 
 
