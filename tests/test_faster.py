@@ -1,6 +1,7 @@
 """Less work, counted; and where nothing is left out, nothing changes."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ import ldm
 from ldm import infotext, interpret, offload
 from ldm.errors import RequestError
 from ldm.faster import Evaluations, Reusing
+from ldm.formats import write_safetensors
 from ldm.inputs import NO_INPUTS
+from ldm.library import Library
+from ldm.lora_names import kohya_key, parts, trained
 from ldm.planning import plan
 from ldm.unet import UNet
 from tests.test_controlnet import controlnet
@@ -217,3 +221,26 @@ def test_an_explanation_tells_what_is_left_out():
     ]
     assert told[-1].startswith("second pass, less work: self-attention with 25% of the tokens")
     assert "less work" not in str(ldm.explain(tiny("sd1"), GUIDED))
+
+
+def test_four_steps_of_lcm_run_the_network_four_times_on_one_row(tmp_path: Path):
+    random, models = torch.Generator().manual_seed(1), copied()
+    tensors: dict[str, Tensor] = {}
+    for place in trained(models, convolutions=True):  # as in the published LCM-LoRA: all of the UNet
+        if place.part == "unet":
+            shape = parts(models)["unet"].get_parameter(f"{place.name}.weight").shape
+            key = kohya_key(models, place)
+            tensors[f"{key}.lora_up.weight"] = torch.randn(
+                shape[0], 2, *[1] * (len(shape) - 2), generator=random
+            )
+            tensors[f"{key}.lora_down.weight"] = torch.randn(2, *shape[1:], generator=random) / 100
+            tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    write_safetensors(tmp_path / "lcm-lora.safetensors", tensors, {})
+    models, seen = replace(models, library=Library(loras=tmp_path)), Rows()
+    models.unet.register_forward_pre_hook(seen)
+    request = replace(GUIDED, prompt="a cat <lora:lcm-lora:1>", sampler="LCM", steps=4, cfg_scale=1.0)
+    plain, few = (ldm.txt2img(models, replace(request, prompt=one))[0] for one in ("a cat", request.prompt))
+    assert seen == [1] * 8
+    assert plain.tobytes() != few.tobytes()
+    schedule, sigmas = models.denoiser.schedule, plan(models, request).sigmas
+    assert [round(schedule.t(sigma)) for sigma in sigmas[:-1]] == [999, 749, 499, 249]
