@@ -70,6 +70,8 @@ def applied(models: Models, loras: Iterable[Use]) -> Iterator[None]:
     done: list[tuple[nn.Parameter, list[Change]]] = []
     try:
         for weight, changes in _plan(models, loras):
+            if weight not in _MERGED:  # first, as the memory for it may be missing
+                _MERGED[weight] = Merged(weight.detach().clone(), [])
             done.append((weight, changes))
             _add(weight, changes)
         yield
@@ -122,8 +124,6 @@ def _plan(models: Models, loras: Iterable[Use]) -> list[tuple[nn.Parameter, list
 
 @torch.no_grad()
 def _add(weight: nn.Parameter, changes: list[Change]) -> None:
-    if weight not in _MERGED:
-        _MERGED[weight] = Merged(weight.clone(), [])
     _MERGED[weight].changes.extend(changes)
     merged = _sum(*_MERGED[weight]).to(weight.dtype)
     if not merged.float().isfinite().all():

@@ -138,9 +138,12 @@ def train(a: argparse.Namespace) -> int:
     data_config = DataConfig.fitting(models, **sizes)
 
     folder = a.folder or a.out.with_suffix("")
+    if a.out.exists() and not any(folder.glob("state*.safetensors")):  # it is not of this run
+        raise ldm.RequestError(f"{a.out} exists already; choose another name for --out")
     folder.mkdir(parents=True, exist_ok=True)
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(a.out.parent)
+    for place in (a.out.parent, folder / "samples"):
+        remove_unfinished(place)
     rank, world = rank_and_world()
     if rank > 0:
         dist.barrier()  # the first process encodes the pictures, the others read what it wrote

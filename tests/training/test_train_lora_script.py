@@ -57,6 +57,14 @@ def test_the_command_line_trains_saves_and_samples(train, tmp_path: Path, capsys
     assert (tmp_path / "loras/cat.safetensors").read_bytes() == written
 
 
+def test_a_file_that_is_not_of_this_run_is_not_replaced(train, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras/cat.safetensors").write_bytes(b"another one")
+    assert train("--epochs", "1") == 2
+    assert "exists already; choose another name" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "loras").iterdir()] == ["cat.safetensors"]
+
+
 def test_mistakes_are_one_sentence_and_exit_code_2(train, tmp_path: Path, capsys: pytest.CaptureFixture):
     def answer(*words: str) -> str:
         assert train(*words) == 2
