@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import gc
 import importlib.abc
 import importlib.util
 import os
@@ -171,7 +172,7 @@ def survives(mutant: Mutant) -> bool:
         own = READER[mutant.name.removeprefix("ldm.formats.")]
         for tests in [own], [file for file in TESTS if file != own]:
             paths = [str(ROOT / "tests" / file) for file in tests]
-            if status := pytest.main(["-x", "-p", "no:cacheprovider", *paths]):
+            if status := pytest.main(["-x", "--assert=plain", "-p", "no:cacheprovider", *paths]):
                 os._exit(status)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -197,7 +198,10 @@ def examine(name: str, first: int, last: int) -> tuple[int, int]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     import tests.conftest  # noqa: F401 - which imports torch
+
+    gc.freeze()  # so that no child looks through all of it
 
     lines = [int(n) for n in sys.argv[2].split("-")] if len(sys.argv) > 2 else [1, 10**6]
     counts = [examine(name, *lines) for name in sys.argv[1:2] or READER]
