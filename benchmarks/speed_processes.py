@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import FOLDER, PEERS, present, python
 from benchmarks.speed_networks import Setting, our_unet, our_vae, randomised, their_unet, their_vae
 
 ROOT = Path(__file__).parent.parent
@@ -19,12 +20,15 @@ CACHE = str(Path(tempfile.gettempdir()) / "ldm-benchmark-bytecode")
 
 def process(command: Sequence[str]) -> dict[str, float]:
     """What a command took: seconds, and its largest memory in MB."""
-    # Bytecode is kept as in any installation, but not in this checkout.
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
-        "PYTHONPYCACHEPREFIX": CACHE
-    }
+    # Bytecode is kept as in any installation, but not in this checkout; nor is a package of this folder, ldm
+    # above all, in the way of a peer's.
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")}
+    env["PYTHONPYCACHEPREFIX"] = CACHE
+    folder = ROOT if command[0] == sys.executable else FOLDER
     start = time.perf_counter()
-    child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(child.pid, 0)
     if status != 0:
         raise RuntimeError(f"failed: {' '.join(command)}")
@@ -50,11 +54,9 @@ def processes(rounds: int, rivals: Mapping[str, Sequence[str]]) -> dict[str, Any
 
 def imports(setting: Setting) -> dict[str, Any]:
     programs = {"torch": "import torch", "plain": "import ldm", "diffusers": THEIR_IMPORT}
-    figures = processes(
-        setting.rounds + 2, {name: (sys.executable, "-c", code) for name, code in programs.items()}
-    )
-    figures["against torch"] = figures["plain"]["cpu"] / figures["torch"]["cpu"]
-    return figures
+    commands = {name: (sys.executable, "-c", code) for name, code in programs.items()}
+    commands |= {name: (python(name), "-c", PEERS[name].imports) for name in present()}
+    return processes(setting.rounds, commands)
 
 
 THEIR_IMPORT = """
@@ -80,20 +82,23 @@ def load(setting: Setting) -> dict[str, Any]:
     """A file of half precision into float32. Imports are part of the figures; `load s` has none."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "benchmarks.speed", "--write", folder], cwd=ROOT, check=True)
-        python = (sys.executable, "-c")
-        figures = processes(
-            setting.rounds,
-            {
-                "torch": (*python, "import torch"),
-                "import": (*python, "import ldm"),
-                "plain": (*python, OUR_LOAD, f"{folder}/model.safetensors"),
-                "diffusers import": (*python, THEIR_LOAD.partition("for kind")[0]),
-                "diffusers": (*python, THEIR_LOAD, folder),
-            },
-        )
-    for name, base in (("plain", "import"), ("diffusers", "diffusers import")):
+        ours, file = (sys.executable, "-c"), f"{folder}/model.safetensors"
+        commands = {
+            "torch": (*ours, "import torch"),
+            "import": (*ours, "import ldm"),
+            "plain": (*ours, OUR_LOAD, file),
+            "diffusers import": (*ours, THEIR_LOAD.partition("for kind")[0]),
+            "diffusers": (*ours, THEIR_LOAD, folder),
+        }
+        loaders = [name for name in present() if PEERS[name].load]
+        for name in loaders:
+            imports = PEERS[name].imports
+            commands[f"{name} import"] = (python(name), "-c", imports)
+            commands[name] = (python(name), "-c", imports + PEERS[name].load, file)
+        figures = processes(setting.rounds, commands)
+    bases = {"plain": "import"} | {name: f"{name} import" for name in ("diffusers", *loaders)}
+    for name, base in bases.items():
         figures[name] |= {f"load {key}": figures[name][key] - figures[base][key] for key in ("cpu", "wall")}
-    figures["memory against diffusers"] = figures["plain"]["MB"] / figures["diffusers"]["MB"]
     return figures
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,53 +11,48 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from benchmarks.peers import Worker, present
+from benchmarks.peers_worker import SCALE, Timed, fill, inputs, timed
 from benchmarks.speed_networks import Setting, our_unet, our_vae, randomised, shared_unets, their_vae
 
 
-class Timed(NamedTuple):
-    cpu: float  # seconds of the processor, all threads together
-    wall: float  # seconds of the clock
+def local(rivals: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], Timed]]:
+    """Those that run in this process."""
+    return {name: partial(timed, function) for name, function in rivals.items()}
 
 
-def timed(function: Callable[[], object]) -> Timed:
-    cpu, wall = time.process_time(), time.perf_counter()
-    function()
-    return Timed(time.process_time() - cpu, time.perf_counter() - wall)
-
-
-def turns(rounds: int, rivals: Mapping[str, Callable[[], object]]) -> dict[str, Any]:
-    """The fastest of some rounds of each, after one to warm up; and of a matrix product beside them."""
+def turns(rounds: int, rivals: Mapping[str, Callable[[], Timed]]) -> dict[str, Any]:
+    """The fastest of some rounds of each, and of a matrix product beside them."""
     a = torch.randn(1024, 1024)
-    everybody = {**rivals, "product": lambda: [a @ a for _ in range(4)]}
-    for function in everybody.values():
-        function()
+    everybody = {**rivals, **local({"product": lambda: [a @ a for _ in range(4)]})}
     best: dict[str, Timed] = {}
     for _ in range(rounds):
-        for name, function in everybody.items():
-            now = timed(function)
+        for name, turn in everybody.items():
+            now = turn()
             old = best.get(name, now)
             best[name] = Timed(min(old.cpu, now.cpu), min(old.wall, now.wall))
     product = best.pop("product")
     figures: dict[str, Any] = {name: dict(one._asdict()) for name, one in best.items()}
-    figures["gemm GFLOP per cpu s"] = 4 * 2 * 1024**3 / product.cpu / 1e9
+    for key, seconds in product._asdict().items():
+        figures[f"gemm GFLOP per {key} s"] = 4 * 2 * 1024**3 / seconds / 1e9
     return figures
 
 
-def work(function: Callable[[], object]) -> float:
-    """GFLOP, multiplications and additions counted apart."""
+def counted(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """The result, and the work in GFLOP, multiplications and additions counted apart."""
     # torch itself counts only the attention of graphics cards.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     mapping = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        function()
-    return counter.get_total_flops() / 1e9
+        result = function()
+    return result, counter.get_total_flops() / 1e9
 
 
-def optimized(network: nn.Module, function: Callable[[], object], on: bool) -> Callable[[], object]:
+def optimized(network: nn.Module, function: Callable[[], Any], on: bool) -> Callable[[], Any]:
     """The function with the network optimized, or not."""
     from ldm.optimization import FastConv2d
 
-    def exchange() -> object:
+    def exchange() -> Any:
         # Not `optimize(network, False)`, which would also forget the transformed weights between the rounds.
         for module, kind in kinds.items():
             module.__class__ = FastConv2d if on and kind is nn.Conv2d else kind
@@ -67,67 +62,89 @@ def optimized(network: nn.Module, function: Callable[[], object], on: bool) -> C
     return exchange
 
 
-def with_error(
-    setting: Setting,
-    rivals: dict[str, Callable[[], Any]],
-    reference: Callable[[], torch.Tensor] | None = None,
-) -> dict[str, Any]:
-    """Time the rivals; add the work, and how far results lie from the plain ones, relative to the maximum."""
-    plain = rivals["plain"]()
-    facts = {"error": float((rivals["optimized"]() - plain).abs().max() / plain.abs().max())}
-    if reference is not None:
-        facts["plain against diffusers"] = float((reference() - plain).abs().max() / plain.abs().max())
-    facts["GFLOP"] = work(rivals["plain"])
-    return turns(setting.rounds, rivals) | facts
+class Task(NamedTuple):
+    """One piece of work for everybody."""
+
+    kind: str  # of the inputs: "UNet", "decode" or "encode"
+    side: int  # of the latents
+    parameters: int
+    network: nn.Module  # ours
+    ours: Callable[..., torch.Tensor]
+    theirs: Callable[..., torch.Tensor]  # diffusers
 
 
-def unet(pixels: int, setting: Setting) -> dict[str, Any]:
+def compare(task: Task, rounds: int, peers: Sequence[str], small: bool) -> dict[str, Any]:
+    """Turns of ours, plain and optimized, of diffusers and of the peers; and the work in GFLOP.
+
+    Each first runs once, which gives its error: the difference to ours, plain, relative to the maximum.
+    Raises RuntimeError if a peer has another network or result.
+    """
+    given = inputs(task.kind, task.side)
+    plain, fast = (optimized(task.network, partial(task.ours, *given), on) for on in (False, True))
+    here = {"plain": plain, "optimized": fast, "diffusers": partial(task.theirs, *given)}
+    expected, gflop = counted(plain)
+    results = {name: here[name]() for name in ("optimized", "diffusers")}
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in peers:
+            worker = workers[name] = stack.enter_context(Worker(name, task.kind, task.side, small))
+            results[name] = worker.result
+            if worker.parameters != task.parameters:
+                raise RuntimeError(f"{name} has {worker.parameters} parameters, ours has {task.parameters}")
+        figures = turns(rounds, local(here) | workers)
+    for name, result in results.items():
+        figures[name]["error"] = error = float((result - expected).abs().max() / expected.abs().max())
+        if not error < 1e-4:
+            raise RuntimeError(f"{name} is {error:.1e} away from ours")
+    return figures | {"GFLOP": gflop, "parameters": task.parameters}
+
+
+def unet(pixels: int, rounds: int, setting: Setting) -> dict[str, Any]:
+    """rounds: added to those of the setting."""
     ours, theirs = shared_unets(setting)
-    side = setting.side(pixels)
-    x, t, context = torch.randn(2, 4, side, side), torch.tensor([500.0, 500.0]), torch.randn(2, 77, 768)
-    run = partial(ours, x, t, context)
-    rivals = {
-        "plain": optimized(ours, run, False),
-        "optimized": optimized(ours, run, True),
-        "diffusers": lambda: theirs(x, t, context),
+    parameters = fill(ours, ours, "UNet")
+    task = Task("UNet", setting.side(pixels), parameters, ours, ours, lambda *given: theirs(*given).sample)
+    return compare(task, max(1, setting.rounds + rounds), present(setting.quick), setting.quick)
+
+
+def vae(kind: str, pixels: int, setting: Setting) -> dict[str, Any]:
+    ours, theirs = our_vae(setting), their_vae(setting)
+    runs = {
+        "decode": (ours.decode, lambda z: theirs.decode(z / SCALE).sample),
+        "encode": (ours.encode, lambda x: theirs.encode(x).latent_dist.mean * SCALE),
     }
-    return with_error(setting, rivals, lambda: theirs(x, t, context).sample)
+    our_run, their_run = runs[kind]
+    parameters = fill(ours, our_run, kind)
+    fill(theirs, their_run, kind)
+    task = Task(kind, setting.side(pixels), parameters, ours, our_run, their_run)
+    peers = present(setting.quick) if kind == "decode" else []
+    return compare(task, setting.rounds, peers, setting.quick)
 
 
 def growth(setting: Setting) -> dict[str, Any]:
-    """The optimized UNet at several batch sizes, and at twice the width and height."""
+    """The optimized UNet at several batch sizes, at twice the width and height, and on one thread."""
     ours = our_unet(setting)
     cases = {f"batch {n}": (n, 256) for n in (1, 2, 4, 8)} | {"batch 2, 512 px": (2, 512)}
-    rivals = {}
+    runs: dict[str, Callable[[], object]] = {}
     for name, (batch, pixels) in cases.items():
         side = setting.side(pixels)
-        x, t, context = (
-            torch.randn(batch, 4, side, side),
-            torch.full((batch,), 500.0),
-            torch.randn(batch, 77, 768),
-        )
-        rivals[name] = optimized(ours, partial(ours, x, t, context), True)
-    figures = turns(1 if setting.quick else 2, rivals)
-    figures["growth"] = figures["batch 2, 512 px"]["cpu"] / figures["batch 2"]["cpu"]
+        x, context = torch.randn(batch, 4, side, side), torch.randn(batch, 77, 768)
+        runs[name] = optimized(ours, partial(ours, x, torch.full((batch,), 500.0), context), True)
+    if (threads := torch.get_num_threads()) > 1:
+        runs["batch 2, one thread"] = on_threads(1, threads, runs["batch 2"])
+    figures = turns(setting.rounds, local(runs))
+    for key in ("cpu", "wall"):
+        figures[f"growth, {key}"] = figures["batch 2, 512 px"][key] / figures["batch 2"][key]
     return figures
 
 
-def vae(way: str, pixels: int, setting: Setting) -> dict[str, Any]:
-    ours, theirs = our_vae(setting), their_vae(setting)
-    if way == "decode":
-        side = setting.side(pixels)
-        z = torch.randn(1, 4, side, side)
-        run, other = partial(ours.decode, z), partial(theirs.decode, z)
-    else:
-        side = 8 * setting.side(pixels)
-        x = torch.randn(1, 3, side, side).clamp(-1, 1)
-        run, other = partial(ours.encode, x), partial(theirs.encode, x)
-    rivals = {
-        "plain": optimized(ours, run, False),
-        "optimized": optimized(ours, run, True),
-        "diffusers": other,
-    }
-    return with_error(setting, rivals)
+def on_threads(number: int, usual: int, function: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        torch.set_num_threads(number)
+        function()
+        torch.set_num_threads(usual)
+
+    return run
 
 
 def clip(setting: Setting) -> dict[str, Any]:
@@ -141,7 +158,8 @@ def clip(setting: Setting) -> dict[str, Any]:
     )
     theirs = CLIPTextModel(config).eval().requires_grad_(False)
     tokens = torch.randint(1000, 40000, (2, 77))
-    return turns(4 * setting.rounds, {"plain": lambda: ours(tokens), "diffusers": lambda: theirs(tokens)})
+    runs = {"plain": lambda: ours(tokens), "diffusers": lambda: theirs(tokens)}
+    return turns(4 * setting.rounds, local(runs))
 
 
 def overhead(setting: Setting) -> dict[str, Any]:
@@ -181,7 +199,7 @@ def overhead(setting: Setting) -> dict[str, Any]:
             away, towards = network(both, t, context).chunk(2)
             x = scheduler.step(away + 7.5 * (towards - away), t, x).prev_sample  # type: ignore[union-attr]
 
-    figures = turns(5 * setting.rounds, {"bare": bare, "plain": ours, "diffusers": theirs})
+    figures = turns(5 * setting.rounds, local({"bare": bare, "plain": ours, "diffusers": theirs}))
     for name in ("plain", "diffusers"):
         figures[f"{name}, ms per step"] = (figures[name]["cpu"] - figures["bare"]["cpu"]) / steps * 1000
     return figures
