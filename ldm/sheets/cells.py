@@ -26,6 +26,7 @@ from ldm.pipeline import described, picture, sample
 from ldm.planning import Plan, plan
 from ldm.request import Request
 from ldm.sheets.titles import Title, notice, sheet, shrunk
+from ldm.stepdown import out_of_memory
 
 MAX_CELLS = 10_000  # of one layout
 
@@ -152,6 +153,10 @@ class _Run:
                     self.there[name] = self.one(models, settled, self.folder / f"{i:05d}-{name}.png")
                 except LdmError as error:
                     self.fail([i], error)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    self.fail([i], LdmError("out of memory; try a smaller picture"))
                 self.bar.update(end - self.bar.n)  # some samplers choose their number of steps themselves
             if name in self.there:
                 self.outcomes[i] = self.there[name]

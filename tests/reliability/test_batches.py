@@ -1,6 +1,8 @@
 """Promises 23, 24 and 25: what fails fails alone, nothing leaks, and processes share a folder."""
 
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,11 @@ import torch
 from PIL import Image
 
 from benchmarks.soak import soak
-from ldm import Request, cli
+from ldm import Models, Request, cli
 from ldm.images import save, save_numbered
+from ldm.inputs import Inputs
+from ldm.sheets import cells
+from ldm.sheets.xyz import chosen, plot
 from scripts.img2img import main as img2img
 from scripts.txt2img import main as txt2img
 from scripts.upscale import main as upscale
@@ -61,27 +66,45 @@ def test_a_bad_picture_of_a_folder_costs_one(script: str, tmp_path: Path, capsys
     assert len(contents(tmp_path / "clean-out")) == 9
 
 
-def test_what_is_too_large_for_the_memory_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@contextmanager
+def scarce(models: Models) -> Iterator[None]:
     """A hook on the network stands for the allocator: it fails where the picture is wide."""
-    models = tiny("class-f8")
 
     def allocate(network: object, args: tuple[torch.Tensor, ...]) -> None:
         if args[0].shape[-1] > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
+    handle = models.unet.register_forward_pre_hook(allocate)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_what_is_too_large_for_the_memory_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    models = tiny("class-f8")
     jobs = [
         cli.Job(Request(prompt="7", seed=i, width=32 + 32 * (i == 1), height=32, steps=1)) for i in range(3)
     ]
-    handle = models.unet.register_forward_pre_hook(allocate)
-    try:
+    with scarce(models):
         code = cli.draw(models, jobs, lambda image, job: save(image, tmp_path / f"{job.request.seed}.png"))
-    finally:
-        handle.remove()
     assert code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "2.png"]
     said = capsys.readouterr().err
     assert "'7': out of memory; try a smaller picture" in said
     assert said.endswith("2 of 3 pictures are done\n")
+
+
+def test_a_cell_that_is_too_large_for_the_memory_fails_alone(tmp_path: Path):
+    models = tiny("class-f8")
+    sizes = plot(Request(prompt="7", steps=1), chosen("Size: 32x32, 64x32, 16x16"))
+    with scarce(models):
+        drawn = cells.draw(sizes, lambda path: (models, Inputs()), tmp_path)
+    assert drawn is not None
+    first, second, third = drawn
+    assert isinstance(first, Path)
+    assert str(second) == "out of memory; try a smaller picture"
+    assert isinstance(third, Path)
 
 
 def write(folder: Path, writer: int) -> None:
