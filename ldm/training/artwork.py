@@ -56,12 +56,12 @@ def render(data: bytes, size: int) -> Image.Image:
     Raises ValueError for a drawing that cannot be drawn or is empty.
     """
     if data.startswith(b"RIFF"):
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=["WEBP"])
     else:
         # dpi: its default, 0, gives drawings in mm or pt no size. Fonts would differ between machines.
         width = max(_RENDERED, 2 * size)
         svg = resvg_py.svg_to_bytes(svg_string=data.decode(), width=width, dpi=96, skip_system_fonts=True)
-        image = Image.open(io.BytesIO(bytes(svg)))
+        image = Image.open(io.BytesIO(bytes(svg)), formats=["PNG"])
     image = image.convert("RGBA")
     box = image.getchannel("A").point([255 * (alpha > _SPECK) for alpha in range(256)]).getbbox()
     if box is None:
@@ -82,7 +82,7 @@ def rendered(drawing: Drawing, size: int, cache: Path) -> Image.Image:
         part = file.with_suffix(".part")
         render(drawing.data, size).save(part, "png", compress_level=1)
         part.rename(file)
-    return Image.open(file)
+    return Image.open(file, formats=["PNG"])
 
 
 def everyday() -> set[str]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ldm.errors import LdmError
 from ldm.families import Picture
 from ldm.formats import read, write_safetensors
+from ldm.images import READABLE
 from ldm.models import Models
 from ldm.vae import AutoencoderKL
 
@@ -149,7 +150,7 @@ def _size(path: Path) -> Size:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The picture, for a block of reading. Raises LdmError if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=(*READABLE, "BMP")) as image:
             yield image
     # Pillow raises all of them for damaged files.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -207,6 +207,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load"}
+FORBIDDEN_CALLS |= {"torch.jit.load", "torch.export.load", "torch.hub.load", "torch.package.PackageImporter"}
 FORBIDDEN_ARGUMENTS = {"allow_pickle", "weights_only"}
 
 
@@ -223,14 +224,20 @@ def dangers(source: str) -> list[str]:
                 found.append(ast.unparse(node))
             case ast.keyword(arg=str(argument)) if argument in FORBIDDEN_ARGUMENTS:
                 found.append(argument)
+            case ast.Call(func=ast.Attribute(attr="open"), keywords=keywords) if ast.unparse(
+                node.func
+            ) == "Image.open" and "formats" not in {k.arg for k in keywords}:
+                found.append("Image.open")  # it would try all formats that Pillow knows
     return found
 
 
 def test_the_gate_sees_dangerous_calls() -> None:
     source = (
-        "import pickle\nfrom marshal import loads\ntorch.load(x, weights_only=True)\neval(y)\nmodel.eval()"
+        "import pickle\nfrom marshal import loads\ntorch.load(x, weights_only=True)\neval(y)\nmodel.eval()\n"
+        "Image.open(x)\nImage.open(x, formats=y)\nopen(x)"
     )
-    assert sorted(dangers(source)) == ["eval", "marshal", "pickle", "torch.load", "weights_only"]
+    found = ["Image.open", "eval", "marshal", "pickle", "torch.load", "weights_only"]
+    assert sorted(dangers(source)) == found
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
