@@ -206,7 +206,8 @@ def numpy_scalar(args: tuple) -> Any:
         case (Opaque(name="numpy.dtype", args=(str(code), *_), state=(_, "<" | "|", *_)), bytes(raw)):
             letter = NUMPY_CODES.get(code)
             if letter and len(raw) == struct.calcsize(letter):
-                return struct.unpack(f"<{letter}", raw)[0]
+                (number,) = struct.unpack(f"<{letter}", raw)
+                return number
     return Opaque("numpy scalar")
 
 

@@ -109,7 +109,8 @@ class Unpickler:
 
     def real(self) -> float:
         self.spend(NUMBER_COST)
-        return struct.unpack(">d", self.take(8))[0]
+        (number,) = struct.unpack(">d", self.take(8))
+        return number
 
     def text(self, size: int) -> bytes:
         """The bytes of a text whose length is the next `size` bytes."""

@@ -16,7 +16,7 @@ from ldm.formats.pickle_names import (
     StorageRef,
 )
 from ldm.formats.pickle_reader import OPCODES, Unpickler
-from tests.hostile.build import name, storage, text
+from tests.hostile.build import name, storage, tensor, text
 
 FLOATS = StorageRef("0", torch.float32, 4)
 OPAQUE = name("ldm.a", "B")
@@ -216,11 +216,16 @@ def test_what_makes_no_sense_is_refused(pickled: bytes) -> None:
     assert refused(pickled).isprintable()
 
 
-def test_a_storage_costs_as_much_as_a_record() -> None:
-    described, stored = Unpickler(storage()[:-1] + b"."), Unpickler(storage() + b".")
-    described.load()
-    stored.load()
-    assert described.budget - stored.budget == 10 + 64
+def cost_of_the_last_opcode(pickled: bytes) -> int:
+    without, whole = Unpickler(pickled[:-1] + b"."), Unpickler(pickled + b".")
+    without.load()
+    whole.load()
+    return without.budget - whole.budget
+
+
+def test_storages_cost_as_much_as_a_record_and_tensors_more() -> None:
+    assert cost_of_the_last_opcode(storage()) == 10 + 64
+    assert cost_of_the_last_opcode(tensor()) == 10 + 64 + 400
 
 
 def test_a_storage_is_described_once_and_for_all() -> None:

@@ -89,6 +89,8 @@ def test_views_are_those_of_the_record() -> None:
     assert view(bytes_, torch.int16, 2, (1,), (1,)).tolist() == [0x0504]
     empty = view(bytes_, torch.float64, 99, (0, 3), (1, 1))
     assert (empty.dtype, empty.shape) == (torch.float64, (0, 3))
+    far = view(bytes_, torch.uint8, 1 << 70, (0,), (1 << 70,))  # numbers that torch could not take
+    assert far.shape == (0,)
     plain = TensorRef(FLOATS, torch.complex64, 0, (2,), (1,))
     assert rebuild(plain, stored).tolist() == [1j, 2 + 3j]
     assert rebuild(TensorRef(FLOATS, torch.complex64, 0, (2,), (1,), True), stored).tolist() == [-1j, 2 - 3j]
