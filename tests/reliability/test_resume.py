@@ -33,7 +33,7 @@ def test_a_run_killed_many_times_leaves_the_files_of_one_that_was_not(checkpoint
     for folder in ("first", "whole"):  # the first process of all starts slowly
         begin = time.monotonic()
         whole = start("txt2img", [*words, str(tmp_path / folder)], tmp_path / f"{folder}.log")
-        whole.join(60)
+        whole.join(2 * PICTURES)
         assert whole.exitcode == 0
     took = (time.monotonic() - begin) * 30 / PICTURES
 
@@ -46,7 +46,7 @@ def test_a_run_killed_many_times_leaves_the_files_of_one_that_was_not(checkpoint
         for path in out.glob("*.png"):
             Image.open(path).load()
     last = start("txt2img", [*words, str(out)], log)
-    last.join(60)
+    last.join(2 * PICTURES)
     assert last.exitcode == 0
     assert contents(out) == contents(tmp_path / "whole")
     assert len(contents(out)) == PICTURES + 1  # with the record of the run
