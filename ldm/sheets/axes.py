@@ -235,7 +235,7 @@ def axis(name: str) -> Axis:
     for absent, why in ABSENT.items():
         if plain(absent) == plain(name):
             raise RequestError(f"there is no axis {absent!r} here: {why}")
-    guesses = get_close_matches(plain(name), _BY_PLAIN_NAME, n=3, cutoff=0.5)
+    guesses = get_close_matches(plain(name)[:100], _BY_PLAIN_NAME, n=3, cutoff=0.5)
     names = list(dict.fromkeys(_BY_PLAIN_NAME[guess].name for guess in guesses))
     hint = f"did you mean {', '.join(names)}?" if names else f"such as {', '.join(list(AXES)[1:8])}"
     raise RequestError(f"unknown axis {printable(name, 40)!r}; {hint}")

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import flags
@@ -57,6 +58,17 @@ def test_asked_within_the_networks(part: str, times: int, tmp_path: Path, capsys
             f"for the others add --seed {finished} --n-iter {4 - finished}"
         )
     )
+
+
+def test_a_stopped_run_says_how_to_go_on():
+    named = [replace(job, name=f"photo {i}") for i, job in enumerate(JOBS)]
+    prompts = [replace(job, request=replace(job.request, prompt=str(i))) for i, job in enumerate(JOBS)]
+    resumed = "a run with --resume goes on by itself"
+    assert cli.how_to_go_on(JOBS, 1) == "for the others add --seed 1 --n-iter 3"
+    assert cli.how_to_go_on(JOBS, 4) == "these are all"
+    assert cli.how_to_go_on(JOBS[:1], 0) == "the same command begins again"
+    assert cli.how_to_go_on(named, 2) == f"the next is photo 2 with seed 2; {resumed}"
+    assert cli.how_to_go_on(prompts, 3) == f"the next is '3' with seed 3; {resumed}"
 
 
 def none(_: object) -> None:
