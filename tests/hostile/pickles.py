@@ -15,7 +15,8 @@ os.system posix.system nt.system subprocess.Popen builtins.exec builtins.compile
 builtins.__import__ builtins.object torch.load torch.hub.load torch.save torch.jit.load torch.os.system
 torch.ops.load_library torch.classes.load_library torch._utils._rebuild_qtensor
 torch.storage._load_from_bytes torch._utils._rebuild_sparse_tensor torch._tensor._rebuild_from_type
-torch.nn.modules.linear.Linear numpy.load numpy.testing._private.utils.runstring
+torch.nn.modules.linear.Linear torch.fx.graph_module.reduce_graph_module torch.serialization.load
+numpy.load numpy.testing._private.utils.runstring
 numpy.f2py.crackfortran.getlincoef collections.deque operator.attrgetter functools.partial pickle.loads
 _pickle.loads cloudpickle.loads runpy._run_code pydoc.pipepager pip.main pkgutil.resolve_name
 importlib.import_module webbrowser.open shutil.rmtree asyncio.run socket.create_connection
