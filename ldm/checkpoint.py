@@ -1,21 +1,20 @@
 """From a weight file to `Models`: names and shapes -> family -> rename -> build on meta -> strict assignment.
 
-No network, no configuration file: names and shapes decide. Tensors stay in the file's memory map until they
-are needed, and a part is built without memory of its own, so that loading costs about the bytes of the file,
-once.
+No network, no configuration file: names and shapes decide. Tensors stay in the file's memory map until a part
+is built of them (building.py).
 """
 
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from ldm.building import Destination, build, few, is_dropped, shapes_of
 from ldm.denoise import Denoiser, Prediction
 from ldm.errors import CheckpointError, RequestError
 from ldm.families import ClassPart, ClipPart, Family, recognise
@@ -25,7 +24,6 @@ from ldm.formats import WeightFile, read
 from ldm.formats.mapped import printable
 from ldm.library import NO_LIBRARY, Library
 from ldm.models import V_MARKER, ZERO_SNR_MARKER, Models
-from ldm.storage import prepare
 from ldm.text.bert import BertTextModel, WordPiece
 from ldm.text.clip import ClipTextModel
 from ldm.text.openclip_names import to_hf
@@ -35,28 +33,9 @@ from ldm.vae import AutoencoderKL, VQModel
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model.safetensors"
 
-DROPPED = (
-    (r"model_ema\..*", "moving averages of the UNet; `ema=True` takes them in its place"),
-    (r".*position_ids", "0, 1, 2, ... , stored by old versions of transformers"),
-    (r"(.*\.)?(logit_scale|attn_mask)", "used by CLIP's training and by no text encoder"),
-    (r"(.*\.)?loss\..*", "the training losses' own networks (LPIPS, discriminator)"),
-    (r"depth_model\..*", "MiDaS: makes depth pictures, and is a program of its own"),
-    (r"low_scale_model\..*", "the noise schedule of the x4 upscaler's input, which is computed"),
-    (r"denoiser\.sigmas", "the noise schedule, which is computed"),
-    (
-        r"(model\.)?(betas|.*alphas_cumprod.*|posterior_.*|log_one_minus_.*|lvlb_weights|logvar|scale_factor)",
-        "the noise schedule and other constants of training, which are computed",
-    ),
-    (rf"{V_MARKER}|{ZERO_SNR_MARKER}", "markers, read before"),
-)
-"""(pattern of names, why a loader leaves these weights out)."""
-
 STATED = {"v": Prediction.V, "v_prediction": Prediction.V, "epsilon": Prediction.EPS, "eps": Prediction.EPS}
 """Values of `modelspec.prediction_type` in metadata (Stability AI's model specification, and trainers)."""
 
-_DROP = re.compile("|".join(pattern for pattern, _ in DROPPED))
-
-M = TypeVar("M", bound=nn.Module)
 TextEncoder = ClipTextModel | BertTextModel | nn.Embedding
 
 logger = logging.getLogger(__name__)
@@ -99,14 +78,15 @@ def load(
         dtype = torch.float16 if device.type == "cuda" else torch.float32
 
     file = read(source)
+    to = Destination(device, dtype, storage, file.release)
     weights = normalised(file)
     if ema:
         weights = _with_averages(weights, source)
     try:
         family = recognise({name: tuple(w.shape) for name, w in weights.items()})
-        unet = _unet(weights, family, device, dtype, storage)
-        autoencoder = None if vae is not None else _vae(strip(weights, VAE), family.scale, device, storage)
-        encoders = _encoders(weights, family, device, dtype, storage)
+        unet = _unet(weights, family, to)
+        autoencoder = None if vae is not None else _vae(strip(weights, VAE), family.scale, to)
+        encoders = _encoders(weights, family, to)
     except CheckpointError as error:
         raise named(source, error) from None
     if vae is not None:
@@ -142,10 +122,11 @@ def load_vae(
 
     scale: as in VAEConfig; no file says it. Raises CheckpointError.
     """
-    weights = dict(read(path).tensors)
-    inside = strip(weights, VAE)
+    file = read(path)
+    inside = strip(file.tensors, VAE)
+    to = Destination(torch.device(device), release=file.release)
     try:
-        loaded = _vae(inside or weights, scale, torch.device(device))
+        loaded = _vae(inside or file.tensors, scale, to)
     except CheckpointError as error:
         raise named(Path(path), error) from None
     if loaded is None:
@@ -185,10 +166,10 @@ def named(path: Path, error: CheckpointError) -> CheckpointError:
 def _report_unknown(weights: Mapping[str, Tensor], family: Family, source: Path) -> None:
     """Warn of weights that belong to no part: harmless, but somebody put them there."""
     parts = (UNET, VAE, *(part.prefix for part in family.parts))
-    unknown = [name for name in weights if not name.startswith(parts) and not _DROP.fullmatch(name)]
+    unknown = [name for name in weights if not name.startswith(parts) and not is_dropped(name)]
     if unknown:
         logger.warning(
-            printable(f"{source.name}: {len(unknown)} unknown weights left out: {_few(unknown)}", 200)
+            printable(f"{source.name}: {len(unknown)} unknown weights left out: {few(unknown)}", 200)
         )
 
 
@@ -220,143 +201,48 @@ def _with_averages(weights: Mapping[str, Tensor], source: Path) -> dict[str, Ten
     return dict(weights) | {name: weights[average] for name, average in average_of.items()}
 
 
-class _Blank(TorchFunctionMode):
-    """Leaves the weights of new modules as they are: they get others at once, so no numbers need be drawn.
-
-    On meta there is nothing to draw anyway; but torch would import its compiler for it, which takes a second.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def build(
-    make: Callable[[], M],
-    weights: Mapping[str, Tensor],
-    part: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    storage: torch.dtype | None = None,
-) -> M:
-    """A module with these weights: built on meta, every name and shape checked, assigned.
-
-    storage: the dtype to hold the large weights in; None: `dtype`, like the others.
-    """
-    try:
-        with torch.device("meta"), _Blank():
-            module = make()
-    except (ArithmeticError, IndexError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the shapes of the {part} weights make no network: {error}") from None
-    expected = {name: tuple(w.shape) for name, w in module.state_dict().items()}
-    given = {name: w for name, w in weights.items() if name in expected or not _DROP.fullmatch(name)}
-
-    missing = [name for name in expected if name not in given]
-    if missing:
-        raise CheckpointError(
-            f"{len(missing)} of {len(expected)} {part} weights are missing, first: {_few(missing)}; "
-            "the file is incomplete or another model's"
-        )
-    unexpected = [name for name in given if name not in expected]
-    if unexpected:
-        raise CheckpointError(
-            f"{len(unexpected)} unknown {part} weights, first: {_few(unexpected)}; is it another family's?"
-        )
-    wrong = [name for name in expected if tuple(given[name].shape) != expected[name]]
-    if wrong:
-        shape, right = list(given[wrong[0]].shape), list(expected[wrong[0]])
-        raise CheckpointError(
-            f"{len(wrong)} {part} weights have a wrong shape, first: {_few(wrong[:1])} is {shape}, "
-            f"not {right}"
-        )
-    strange = [name for name in expected if not given[name].is_floating_point()]
-    if strange:
-        kind = str(given[strange[0]].dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{len(strange)} {part} weights are of a kind that is not used, first: {_few(strange[:1])} "
-            f"is {kind}; get the file in float16 or float32"
-        )
-    large = {*prepare(module)} if storage else ()
-    converted = {name: w.to(device, storage if name in large else dtype) for name, w in given.items()}
-    # One number tells of a whole tensor. A weight may also have become infinite just now, in float16.
-    broken = [name for name, w in converted.items() if not torch.isfinite(_sum(w))]
-    if broken:
-        raise CheckpointError(
-            f"{len(broken)} {part} weights hold NaN or infinity (as {str(dtype).removeprefix('torch.')}), "
-            f"first: {_few(broken)}"
-        )
-    module.load_state_dict(converted, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def _sum(w: Tensor) -> Tensor:
-    return w.sum(dtype=torch.float32) if w.itemsize > 1 else w.float().sum()  # no sums of 8 bits
-
-
-def _few(names: Iterable[str]) -> str:
-    listed = [name[:60] for name in names]
-    return ", ".join(listed[:2]) + (" ..." if len(listed) > 2 else "")
-
-
-def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(w.shape) for name, w in weights.items()}
-
-
-def _unet(
-    weights: Mapping[str, Tensor],
-    family: Family,
-    device: torch.device,
-    dtype: torch.dtype,
-    storage: torch.dtype | None,
-) -> UNet:
+def _unet(weights: Mapping[str, Tensor], family: Family, to: Destination) -> UNet:
     own = strip(weights, UNET)
     config = unet_config(shapes_of(own), num_heads=family.num_heads, head_dim=family.head_dim)
-    return build(lambda: UNet(config), own, "UNet", device, dtype, storage)
+    return build(lambda: UNet(config), own, "UNet", to)
 
 
-def _vae(
-    weights: Mapping[str, Tensor], scale: float, device: torch.device, storage: torch.dtype | None = None
-) -> AutoencoderKL | VQModel | None:
+def _vae(weights: Mapping[str, Tensor], scale: float, to: Destination) -> AutoencoderKL | VQModel | None:
     if "encoder.conv_in.weight" not in weights and "decoder.conv_in.weight" not in weights:
         return None
     config = vae_config(shapes_of(weights), scale=scale)
     kind = AutoencoderKL if config.codebook_size is None else VQModel
-    return build(lambda: kind(config), weights, "VAE", device, torch.float32, storage)
+    return build(lambda: kind(config), weights, "VAE", replace(to, dtype=torch.float32))
 
 
 def _encoders(
     weights: Mapping[str, Tensor],
     family: Family,
-    device: torch.device,
-    dtype: torch.dtype,
-    storage: torch.dtype | None,
+    to: Destination,
 ) -> tuple[TextEncoder, ...]:
     """The text encoders; none for a file that holds only a UNet."""
     if not any(strip(weights, part.prefix) for part in family.parts):
         return ()
-    return tuple(_encoder(strip(weights, part.prefix), part, device, dtype, storage) for part in family.parts)
+    return tuple(_encoder(strip(weights, part.prefix), part, to) for part in family.parts)
 
 
 def _encoder(
     own: Mapping[str, Tensor],
     part: Part,
-    device: torch.device,
-    dtype: torch.dtype,
-    storage: torch.dtype | None,
+    to: Destination,
 ) -> TextEncoder:
     match part:
         case ClipPart():
             if part.openclip:
                 own = to_hf(own)
             clip = clip_config(shapes_of(own), quick_gelu=part.quick_gelu)
-            return build(lambda: ClipTextModel(clip), own, "text encoder", device, dtype, storage)
+            return build(lambda: ClipTextModel(clip), own, "text encoder", to)
         case BertPart():
             bert = bert_config(shapes_of(own))
-            return build(lambda: BertTextModel(bert), own, "text encoder", device, dtype, storage)
+            return build(lambda: BertTextModel(bert), own, "text encoder", to)
         case ClassPart():
             count, width = own["weight"].shape
-            return build(lambda: nn.Embedding(count, width), own, "class table", device, dtype)
+            return build(lambda: nn.Embedding(count, width), own, "class table", replace(to, storage=None))
 
 
 def _tokenizer(family: Family, vocabulary: str | os.PathLike[str] | None) -> Tokenizer | WordPiece | None:
@@ -381,6 +267,8 @@ def probe_prediction(unet: UNet) -> Prediction:
     output minus input lies below -1.
     """
     weight = next(unet.parameters())
+    if weight.is_meta:  # no numbers: the one whose pictures are larger, for ldm.memory
+        return Prediction.V
     assert unet.config.context_dim is not None
     x = torch.full((1, unet.config.in_channels, 8, 8), 0.5, dtype=weight.dtype, device=weight.device)
     context = torch.full((1, 2, unet.config.context_dim), 0.5, dtype=weight.dtype, device=weight.device)

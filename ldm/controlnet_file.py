@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm import t2i_adapter
-from ldm.checkpoint import build, named, shapes_of
+from ldm.building import Destination, build, shapes_of
+from ldm.checkpoint import named
 from ldm.controlnet import ControlNet, ControlNetConfig, check_fit
 from ldm.errors import CheckpointError, RequestError
 from ldm.families.family import strip
@@ -55,19 +56,20 @@ def load_controlnet(
     model.
     """
     path = BUILT_IN.get(os.fspath(path), Path(path))
-    weights = dict(read(path).tensors)
+    file = read(path)
+    weights = file.tensors
     device = models.device if device is None else torch.device(device)
-    dtype = dtype or models.denoiser.dtype
+    to = Destination(device, dtype or models.denoiser.dtype, release=file.release)
     try:
         if t2i_adapter.is_adapter(weights):
             weights = t2i_adapter.original_names(weights)
             shape = t2i_adapter.adapter_config(shapes_of(weights))
-            network = build(lambda: Adapter(shape), weights, "T2I-Adapter", device, dtype)
+            network = build(lambda: Adapter(shape), weights, "T2I-Adapter", to)
         else:
             weights = original_names(weights)
             heads = models.unet.config
             config = controlnet_config(shapes_of(weights), num_heads=heads.num_heads, head_dim=heads.head_dim)
-            network = build(lambda: ControlNet(config), weights, "ControlNet", device, dtype)
+            network = build(lambda: ControlNet(config), weights, "ControlNet", to)
         check_fit(network, models.unet.config, None if models.vae is None else models.vae.config.factor)
     except (CheckpointError, RequestError) as error:
         raise named(path, CheckpointError(str(error))) from None

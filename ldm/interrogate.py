@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import build, shapes_of
+from ldm.building import Destination, build, shapes_of
 from ldm.clip_vision import ClipVisionConfig, ClipVisionModel, from_openclip
 from ldm.errors import CheckpointError, LdmError
 from ldm.formats import read
@@ -90,8 +90,8 @@ def load_clip(
         of ViT-L in the layout of transformers, in which OpenAI's are spread, else no.
     Raises CheckpointError if the file is no such model, or is damaged.
     """
-    path, device = Path(path), torch.device(device)
-    weights = read(path).tensors
+    path, file = Path(path), read(path)
+    weights, to = file.tensors, Destination(torch.device(device), release=file.release)
     visual = {n.removeprefix("visual."): w for n, w in weights.items() if n.startswith("visual.")}
     if visual:
         named = to_hf({n: w for n, w in weights.items() if not n.startswith("visual.")})
@@ -113,8 +113,8 @@ def load_clip(
     text, vision = replace(text, quick_gelu=quick), replace(vision, quick_gelu=quick)
     try:
         return Clip(
-            build(lambda: ClipTextModel(text), parts[0], "text", device, torch.float32),
-            build(lambda: ClipVisionModel(vision), parts[1], "vision", device, torch.float32),
+            build(lambda: ClipTextModel(text), parts[0], "text", to),
+            build(lambda: ClipVisionModel(vision), parts[1], "vision", to),
             Tokenizer(),
         )
     except CheckpointError as error:

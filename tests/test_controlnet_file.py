@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import shapes_of
+from ldm.building import shapes_of
 from ldm.controlnet import ControlNet, ControlNetConfig
 from ldm.controlnet_file import CONTROL, controlnet_config, load_controlnet, original_names
 from ldm.errors import CheckpointError

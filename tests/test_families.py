@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.checkpoint import DROPPED, load
+from ldm.building import DROPPED
+from ldm.checkpoint import load
 from ldm.denoise import Prediction
 from ldm.errors import CheckpointError
 from ldm.families import FAMILIES, ClipPart, recognise

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoint import DROPPED
+from ldm.building import DROPPED
 from ldm.families import BertPart, ClassPart, ClipPart, Family, recognise
 from ldm.families.family import UNET, VAE, Part
 from ldm.families.infer import Shapes, bert_config, clip_config, unet_config, vae_config

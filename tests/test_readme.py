@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.checkpoint import DEFAULT_MODEL, DROPPED
+from ldm.building import DROPPED
+from ldm.checkpoint import DEFAULT_MODEL
 from ldm.families import FAMILIES, Concat
 from ldm.request import Request
 from ldm.samplers import SAMPLERS, Sampler

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import shapes_of
+from ldm.building import shapes_of
 from ldm.controlnet import Control, Controlled, PreparedAdapter, prepared, scales
 from ldm.controlnet_file import load_controlnet
 from ldm.errors import CheckpointError, RequestError

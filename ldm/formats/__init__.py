@@ -7,7 +7,7 @@ pickle. No file can run code: see pickle_reader.py, and SECURITY.md for what is 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,13 @@ class WeightFile:
     tensors: by flat name, dtypes as stored. They share a private memory map of the file where its layout
     allows: loading costs no second copy, and writing to them never changes the file. metadata:
     `__metadata__` of a safetensors file; epoch, global_step and version of a Lightning checkpoint.
+    release: gives back the memory of a tensor that will hardly be read again, see MappedFile.release.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
+    release: Callable[[Tensor], None]
 
 
 def read(path: str | os.PathLike[str]) -> WeightFile:
@@ -78,9 +80,9 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
     something else.
     """
     path = Path(path)
-    with _naming(path):
-        tree, metadata = _load(path)
-        return WeightFile(path, _flat(tree), metadata)
+    with _naming(path), MappedFile(path) as file:
+        tree, metadata = _load(path, file)
+        return WeightFile(path, _flat(tree), metadata, file.release)
 
 
 def read_tree(path: str | os.PathLike[str]) -> Any:
@@ -88,8 +90,9 @@ def read_tree(path: str | os.PathLike[str]) -> Any:
 
     Raises CheckpointError as `read` does.
     """
-    with _naming(Path(path)):
-        return _load(Path(path))[0]
+    path = Path(path)
+    with _naming(path), MappedFile(path) as file:
+        return _load(path, file)[0]
 
 
 @contextmanager
@@ -101,28 +104,27 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(printable(f"{printable(path.name or str(path))}: {error}", 200)) from None
 
 
-def _load(path: Path) -> tuple[Any, dict[str, str]]:
+def _load(path: Path, file: MappedFile) -> tuple[Any, dict[str, str]]:
     """The structure and the metadata of a weight file of any kind, which its first bytes tell."""
-    with MappedFile(path) as file:
-        named_safetensors = path.suffix.lower() == ".safetensors"
-        # Asked first: the length at the start of a safetensors file may begin with 0x80, as a pickle does.
-        safetensors = safetensors_file.is_plausible(file)
-        pickled = not safetensors and (file.data[:4] == ZIP or file.data[:30].startswith(PICKLE))
-        if pickled and named_safetensors:
-            raise CheckpointError("it is named .safetensors but holds a pickle; rename it to .ckpt")
-        if pickled:
-            tree = (zip_reader if file.data[:4] == ZIP else legacy).read_tree(file)
-            return tree, _lightning_metadata(tree)
-        if not safetensors:
-            beginning = file.data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-            for starts, what in MISTAKES.items():
-                if beginning.startswith(starts):
-                    raise CheckpointError(what)
-            if not named_safetensors:
-                raise CheckpointError(
-                    "it is neither a .safetensors file nor a checkpoint written by torch.save; check the path"
-                )
-        return safetensors_file.read(file)
+    named_safetensors = path.suffix.lower() == ".safetensors"
+    # Asked first: the length at the start of a safetensors file may begin with 0x80, as a pickle does.
+    safetensors = safetensors_file.is_plausible(file)
+    pickled = not safetensors and (file.data[:4] == ZIP or file.data[:30].startswith(PICKLE))
+    if pickled and named_safetensors:
+        raise CheckpointError("it is named .safetensors but holds a pickle; rename it to .ckpt")
+    if pickled:
+        tree = (zip_reader if file.data[:4] == ZIP else legacy).read_tree(file)
+        return tree, _lightning_metadata(tree)
+    if not safetensors:
+        beginning = file.data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        for starts, what in MISTAKES.items():
+            if beginning.startswith(starts):
+                raise CheckpointError(what)
+        if not named_safetensors:
+            raise CheckpointError(
+                "it is neither a .safetensors file nor a checkpoint written by torch.save; check the path"
+            )
+    return safetensors_file.read(file)
 
 
 def _lightning_metadata(tree: Any) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ldm.errors import CheckpointError
 
 CHUNK = 1 << 18  # bytes held while a file is read from end to end
 PREAD = hasattr(os, "pread")  # Windows has none
+RELEASE = hasattr(mmap, "MADV_DONTNEED")  # nor this
 
 
 def printable(text: str, limit: int = 60) -> str:
@@ -105,3 +106,17 @@ class MappedFile:
             target[done : done + len(piece)] = memoryview(piece)
             done += len(piece)
         return copy.view(dtype)
+
+    def release(self, tensor: Tensor) -> None:
+        """Give the memory under a tensor of this file back to the system, as far as it fills pages.
+
+        Read again, it comes from the file again, so that changes made to the tensor are lost.
+        """
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr() - torch.frombuffer(self.data, dtype=torch.uint8, count=1).data_ptr()
+        if not RELEASE or not 0 <= start < self.size:  # it was misaligned, and copied
+            return
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            self.data.madvise(mmap.MADV_DONTNEED, first, last - first)

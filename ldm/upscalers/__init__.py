@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import build, load, named, shapes_of
+from ldm.building import Destination, build, shapes_of
+from ldm.checkpoint import load, named
 from ldm.errors import CheckpointError, LdmError, RequestError
 from ldm.families.family import UNET, strip
 from ldm.formats import read
@@ -152,7 +153,9 @@ def load_network(weights: Mapping[str, Tensor], device: torch.device | str = "cp
     shapes = shapes_of(weights)
     for kind in KINDS:
         if kind.found_by in weights:
-            return build(partial(kind.network, kind.config(shapes)), weights, kind.name, device, dtype)
+            return build(
+                partial(kind.network, kind.config(shapes)), weights, kind.name, Destination(device, dtype)
+            )
     known = ", ".join(kind.name for kind in KINDS) + ", LDSR"
     for part, what in OTHERS.items():
         if any(part in name for name in weights):
