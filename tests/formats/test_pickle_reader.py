@@ -100,9 +100,9 @@ OPCODE_CASES: dict[bytes, tuple[Any, int]] = {
         b"abc",
         15 + 64 + (64 + 4 + 3) + (64 + 4 + 6) + (64 + 16) + 64 + 3,
     ),
-    name("collections", "OrderedDict") + b"]N\x88\x86a\x85R": (
-        {None: True},
-        24 + 64 + 64 + (64 + 16) + 8 + (64 + 8) + 64 + 50,
+    name("collections", "OrderedDict") + b"](N\x88\x86\x88N\x86e\x85R": (
+        {None: True, True: None},
+        24 + 64 + 64 + 64 + 2 * (64 + 16) + 16 + (64 + 8) + 64 + 100,
     ),
 }
 
