@@ -1,9 +1,10 @@
 """Predicted and measured memory: each case in a process of its own.
 
-    python -m benchmarks.memory [--quick]
+    python -m benchmarks.memory [--quick] [--sd15 FILE] [--sdxl]
 
-Measured is the peak of the resident set during a run, above what the process had after its imports (Linux).
-The larger model has the true shapes of Stable Diffusion 1.5 and random weights, in a file of 2.1 GB.
+Measured is the most that the whole process ever had in memory (VmHWM, Linux) while it loaded a model, made
+one guided step and decoded the picture. The larger models have the true shapes of Stable Diffusion 1.5 and XL
+and random weights, in files in half precision of 2.1 and 6.9 GB, which are written for this.
 """
 
 from __future__ import annotations
@@ -13,9 +14,62 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ldm.files import atomic_write
+
 RESULTS = Path(__file__).parent / "results" / "memory.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    model: str = "embedded"
+    size: int = 512
+    batch: int = 1
+    storage: str | None = None
+    fast: bool = False
+    control: bool = False  # with the embedded model's ControlNet
+    picture: bool = False  # image to image
+    hires: float | None = None  # a second pass, so many times as wide and high, by an enlarged picture
+    strips: bool = False  # decoded in strips, and a row at a time
+
+    def __str__(self) -> str:
+        notes = {
+            f"batch of {self.batch}": self.batch > 1,
+            f"weights in {self.storage}": self.storage,
+            "`--fast`": self.fast,
+            "ControlNet": self.control,
+            "image to image": self.picture,
+            f"second pass x {self.hires}": self.hires,
+            "in strips, a row at a time": self.strips,
+        }
+        return f"{self.model} | {self.size} | {', '.join(note for note, holds in notes.items() if holds)}"
+
+
+EMBEDDED = [
+    *(Case(size=size) for size in (256, 512, 768)),
+    Case(batch=4),
+    Case(fast=True),
+    Case(control=True),
+    Case(picture=True),
+    Case(size=256, hires=2),
+    Case(size=768, strips=True),
+    Case(storage="float16"),
+]
+SD15 = [
+    *(Case("SD 1.5", size) for size in (256, 512, 768)),
+    Case("SD 1.5", storage="float16"),
+    Case("SD 1.5", 256, fast=True),
+    Case("SD 1.5", fast=True),
+    Case("SD 1.5", 256, batch=4),
+    Case("SD 1.5", 256, hires=2),
+    Case("SD 1.5", 768, storage="float16", strips=True),
+]
+SDXL = [Case("SDXL", storage="float16", strips=True)]
 
 
 def resident(field: str) -> int:
@@ -24,89 +78,116 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure(path: str, size: int, storage: str | None, whole: int, rows: int | None) -> dict[str, float]:
-    """One step of a guided run and the decoding of its picture, with a loaded model; in MB."""
+def run(case: Case, path: str | None, predicting: bool) -> float:
+    """Make the run, or only predict it; MB."""
     import torch
+    from PIL import Image
 
     import ldm
     from ldm import memory
     from ldm.models import Limits
 
-    request = ldm.Request(prompt="a cat", width=size, height=size, steps=1, sampler="Euler")
-    way = memory.Way(storage=getattr(torch, storage) if storage else None, limits=Limits(rows, whole))
-    model = memory.sizes(path or None)
-    before = resident("VmRSS")
-    models = way.load(path or None)
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # VmHWM starts anew: while loading, pages of the file count too
-    ldm.txt2img(models, request)
-    found = resident("VmHWM") - before
-    return {"predicted": memory.predict(model, request, way) / 2**20, "measured": found / 2**20}
+    way = memory.Way(
+        storage=getattr(torch, case.storage) if case.storage else None,
+        fast=case.fast,
+        limits=Limits(1, 0) if case.strips else Limits(),
+    )
+    request = ldm.Request(
+        prompt="a cat",
+        width=case.size,
+        height=case.size,
+        batch_size=case.batch,
+        steps=1,
+        sampler="Euler",
+        hires=ldm.Hires(scale=case.hires, upscaler="Lanczos", strength=0.5) if case.hires else None,
+        edit=ldm.Edit(strength=1.0) if case.picture else None,
+    )
+    picture = Image.new("RGB", (case.size, case.size)) if case.picture else None
+    models = (
+        ldm.load(path, device="meta", dtype=way.dtype, storage=way.storage) if predicting else way.load(path)
+    )
+    nets = [ldm.load_controlnet("canny", models)] if case.control else []
+    inputs = ldm.Inputs(picture=picture)
+    if predicting:
+        return memory.predict(models, request, way, inputs, nets) / 2**20
+    controls = tuple(ldm.Control(net, Image.new("RGB", (case.size, case.size))) for net in nets)
+    ldm.txt2img(models, request, ldm.Inputs(picture=picture, controls=controls))
+    return resident("VmHWM") / 2**20
 
 
-def write_model(path: Path) -> None:
-    """Stable Diffusion 1.5 with random weights, in float16."""
+def write_model(path: Path, name: str) -> None:
+    """A model of the true shapes with random weights, in float16."""
     import torch
     from torch import nn
 
     from ldm.denoise import Denoiser, Prediction
-    from ldm.families.sd1 import SD1
+    from ldm.families import FAMILIES
     from ldm.models import Models
-    from ldm.text.clip import ClipTextConfig, ClipTextModel
-    from ldm.text.tokenizer import Tokenizer
-    from ldm.unet import SD1_UNET, UNet
+    from ldm.text.clip import CLIP_L, OPENCLIP_BIGG, ClipTextModel
+    from ldm.unet import SD1_UNET, SDXL_UNET, UNet
     from ldm.vae import KL_F8, AutoencoderKL
 
-    def fill(module: nn.Module) -> None:
-        module.half().to_empty(device="cpu")
-        for weight in module.parameters():
-            weight.data.normal_(std=0.02)
-
+    family = next(family for family in FAMILIES if family.name == name)
+    configs = [CLIP_L, OPENCLIP_BIGG] if name == "sdxl" else [CLIP_L]
     with torch.device("meta"):
-        unet, vae = UNet(SD1_UNET), AutoencoderKL(KL_F8)
-        text = ClipTextModel(ClipTextConfig(width=768, layers=12, heads=12, quick_gelu=True))
-    for module in (unet, vae, text):
-        fill(module)
-    Models(SD1, Denoiser(unet, SD1.schedule(), Prediction.EPS), vae, (text,), Tokenizer()).save(path)
+        unet = UNet(SDXL_UNET if name == "sdxl" else SD1_UNET)
+        vae, *text = AutoencoderKL(KL_F8), *(ClipTextModel(config) for config in configs)
+
+    def filled(module: nn.Module) -> nn.Module:
+        module.half().to_empty(device="cpu")
+        for weight in module.parameters():  # a million different numbers are enough
+            numbers = torch.empty(2**20).normal_(std=0.02).half()
+            repeats = -(-weight.numel() // len(numbers))
+            weight.data = numbers.repeat(repeats)[: weight.numel()].view(weight.shape)
+        return module
+
+    for network in (unet, vae):
+        filled(network)
+    denoiser = Denoiser(unet, family.schedule(), Prediction.EPS)
+    Models(family, denoiser, vae, tuple(filled(encoder) for encoder in text)).save(path)
+
+
+def in_process(case: Case, path: Path | None, predicting: bool) -> float:
+    facts = json.dumps([asdict(case), path and str(path), predicting])
+    command = [sys.executable, "-m", "benchmarks.memory", "--case", facts]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def measured(cases: list[Case], path: Path | None) -> Iterator[Mapping[str, object]]:
+    """The cases, and what was found; a line of the table is printed for each."""
+    for case in cases:
+        predicted, found = (in_process(case, path, predicting) for predicting in (True, False))
+        print(f"| {case} | {predicted:.0f} MB | {found:.0f} MB | {predicted / found:.2f} |", flush=True)
+        yield asdict(case) | {"predicted": round(predicted), "measured": round(found)}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true", help="only the embedded model")
+    p.add_argument("--quick", action="store_true", help="only the embedded model, without keeping the result")
+    p.add_argument("--sd15", type=Path, metavar="FILE", help="a Stable Diffusion 1.5 to take instead")
+    p.add_argument("--sdxl", action="store_true", help="Stable Diffusion XL, too")
     p.add_argument("--case", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.case:
-        print(json.dumps(measure(*json.loads(a.case))))
+        case, path, predicting = json.loads(a.case)
+        print(run(Case(**case), path, predicting))
         return
+    print("| model | size | | predicted | measured | ratio |")
+    print("|---" * 6 + "|")
+    rows = [*measured(EMBEDDED, None)]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "sd15.safetensors"
-        cases = [("", size, None, 6 * 2**30, None) for size in (256, 512, 768)]
         if not a.quick:
-            write_model(path)
-            cases += [(str(path), size, None, 6 * 2**30, None) for size in (256, 512, 768)]
-            cases += [(str(path), 512, "float16", 6 * 2**30, None), (str(path), 768, "float16", 0, 1)]
-        rows = []
-        print("| model | size | weights held in | decoding | predicted | measured | ratio |")
-        print("|---" * 7 + "|")
-        for case in cases:
-            command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(case)]
-            found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            name = "Stable Diffusion 1.5" if case[0] else "embedded"
-            row = {
-                "model": name,
-                "size": case[1],
-                "storage": case[2] or "float32",
-                "whole": case[3] > 0,
-            } | found
-            rows.append(row)
-            how = "whole" if case[3] else "in strips, UNet batch of 1"
-            print(
-                f"| {name} | {case[1]} | {row['storage']} | {how} | {found['predicted']:.0f} MB "
-                f"| {found['measured']:.0f} MB | {found['predicted'] / found['measured']:.2f} |",
-                flush=True,
-            )
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+            path = a.sd15 or Path(folder, "sd15.safetensors")
+            if not a.sd15:
+                write_model(path, "sd1")
+            rows += measured(SD15, path)
+        if a.sdxl:
+            path = Path(folder, "sdxl.safetensors")
+            write_model(path, "sdxl")
+            rows += measured(SDXL, path)
+    if not a.quick:
+        with atomic_write(RESULTS, overwrite=True) as file:
+            file.write((json.dumps(rows, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

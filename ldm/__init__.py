@@ -16,10 +16,10 @@ from ldm.images import read_picture
 from ldm.inputs import Inputs
 from ldm.latents import decode
 from ldm.library import Library
+from ldm.memory import plan
 from ldm.models import Models
 from ldm.optimization import optimize
 from ldm.pipeline import img2img, inpaint, pictures, sample, txt2img
-from ldm.planning import plan
 from ldm.reproduce import diff, replay
 from ldm.request import Request
 from ldm.samplers import SAMPLERS

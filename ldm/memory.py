@@ -1,72 +1,50 @@
 """How much memory a run will take, told before anything is loaded, and how to make it fit.
 
-    predict(sizes("v1-5-pruned-emaonly.safetensors"), request, Way())  # bytes
-    way = fit("v1-5-pruned-emaonly.safetensors", request, budget=4 * 2**30, device="cuda")
-    models = way.load("v1-5-pruned-emaonly.safetensors")
+    plan = ldm.plan("v1-5-pruned-emaonly.safetensors", request, budget=4 * 2**30)
+    print(plan)  # 3.3 of 4.0 GB: UNet and VAE hold weights in float16
+    models = plan.load("v1-5-pruned-emaonly.safetensors")
 
-The sizes of weights come from the names and shapes in the file. What the networks need while they run grows
-with the pixels, by factors that were measured (benchmarks/memory.py; docs/memory.md compares them with the
-truth). Not counted: what Python and torch
-take by themselves, 0.3 GB, and pages of the file while it is read, which the system may drop.
+The run is rehearsed (rehearsal.py): the file's networks are built without their weights, called in the order
+and in the sizes of the run, and every tensor is counted. docs/memory.md compares this with the truth.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from ldm.checkpoint import DEFAULT_MODEL, load, named, normalised
-from ldm.errors import CheckpointError, RequestError
-from ldm.families import Family, recognise
-from ldm.families.family import UNET, VAE
-from ldm.families.infer import unet_config, vae_config
-from ldm.formats import read
+from ldm import offload, planning, tiled_vae
+from ldm.checkpoint import load
+from ldm.controlnet import Controlled, ControlNet, Prepared
+from ldm.controlnet_file import load_controlnet
+from ldm.denoise import Network
+from ldm.errors import RequestError
+from ldm.families import Concat
+from ldm.guidance import needs_negative
+from ldm.hires import LATENT_MODES
+from ldm.inputs import NO_INPUTS, Inputs
 from ldm.latents import memory as decoding
 from ldm.models import Limits, Models
-from ldm.offload import offloaded
+from ldm.optimization import FastConv2d, optimize
+from ldm.planning import Plan, autoencoder
+from ldm.rehearsal import META, Ledger, blank, blank_module
 from ldm.request import Request
-from ldm.storage import SMALL
-from ldm.tiled_vae import STRIP
-from ldm.unet import UNetConfig
-from ldm.vae import KL_F8, VAEConfig
+from ldm.storage import held_in
+from ldm.t2i_adapter import Adapter
+from ldm.text.prompt import compose, without_comments
+from ldm.vae import VAEConfig
 
-FIXED = 150 * 2**20
-"""Bytes that a first run takes, whatever its size: torch's code, threads and scratch memory, a tokenizer."""
+FIXED = 290 * 2**20
+"""Bytes of a process that has drawn the smallest picture, without weights: Python, torch, a tokenizer."""
 
-UNET_NUMBERS = 45
-"""Numbers that a UNet holds at once for each latent pixel and channel of its first level."""
-
+TOKENS = 77  # in a prompt; more of them take little
 USUAL = Limits()
-Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What decides the memory of a model."""
-
-    family: Family
-    unet: UNetConfig
-    vae: VAEConfig
-    shapes: Shapes  # of all weights in use
-
-    def part(self, name: str) -> Shapes:
-        """The weights of "unet", "vae" or "text"."""
-        prefixes = {"unet": (UNET,), "vae": (VAE,), "text": tuple(part.prefix for part in self.family.parts)}
-        return {key: shape for key, shape in self.shapes.items() if key.startswith(prefixes[name])}
-
-    def blocks(self) -> list[Shapes]:
-        """The UNet's weights by the blocks that `ldm.offload` moves."""
-        groups: dict[str, Shapes] = {}
-        for key, shape in self.part("unet").items():
-            first, second, *_ = key.removeprefix(UNET).split(".")
-            block = f"{first}.{second}" if first in ("input_blocks", "output_blocks") else first
-            groups.setdefault(block, {})[key] = shape
-        return [*groups.values()]
+Controls = Sequence[ControlNet | Adapter]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +54,7 @@ class Way:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     storage: torch.dtype | None = None
+    fast: bool = False  # with ldm.optimize, on a CPU
     lowvram: Literal["parts", "blocks"] | None = None  # see ldm.offload
     limits: Limits = USUAL
 
@@ -84,92 +63,250 @@ class Way:
         home = "cpu" if self.lowvram else self.device
         models = load(path, device=home, dtype=self.dtype, storage=self.storage, **options)
         models = replace(models, limits=self.limits)
-        return offloaded(models, self.device, blocks=self.lowvram == "blocks") if self.lowvram else models
-
-
-def sizes(path: str | os.PathLike[str] | None = None) -> Sizes:
-    """Of a checkpoint, without loading it; None: the embedded model. Raises CheckpointError."""
-    source = DEFAULT_MODEL if path is None else Path(path)
-    shapes = {name: tuple(w.shape) for name, w in normalised(read(source)).items()}
-    try:
-        family = recognise(shapes)
-        unet = {name.removeprefix(UNET): s for name, s in shapes.items() if name.startswith(UNET)}
-        vae = {name.removeprefix(VAE): s for name, s in shapes.items() if name.startswith(VAE)}
-        return Sizes(
-            family,
-            unet_config(unet, num_heads=family.num_heads, head_dim=family.head_dim),
-            vae_config(vae, scale=family.scale) if vae else KL_F8,
-            shapes,
-        )
-    except CheckpointError as error:
-        raise named(source, error) from None
-
-
-def predict(model: Sizes, request: Request, way: Way) -> int:
-    """Bytes that a run takes at most on its device, weights included. Only the first pass is looked at."""
-
-    def weights(shapes: Shapes, dtype: torch.dtype) -> int:
-        return sum(
-            prod(shape) * (way.storage if way.storage and _stored(key, shape) else dtype).itemsize
-            for key, shape in shapes.items()
+        if self.fast:
+            optimize(models)
+        return (
+            offload.offloaded(models, self.device, blocks=self.lowvram == "blocks")
+            if self.lowvram
+            else models
         )
 
-    text, unet = (weights(model.part(part), way.dtype) for part in ("text", "unet"))
-    vae = weights(model.part("vae"), torch.float32)
-    steps, pixels = working(model, request, way)
-    if way.storage:  # one layer at a time is brought to the dtype it is computed in
-        steps += max(prod(shape) for shape in model.part("unet").values()) * way.dtype.itemsize
-    if way.lowvram is None:
-        return FIXED + text + unet + vae + max(steps, pixels)
-    if way.lowvram == "blocks":
-        unet = max(weights(block, way.dtype) for block in model.blocks())
-    return FIXED + max(text, unet + steps, vae + pixels)
+    def __str__(self) -> str:
+        dtype, storage = (str(d).removeprefix("torch.") for d in (self.dtype, self.storage))
+        held = {None: "held whole", "parts": "part by part", "blocks": "block by block"}[self.lowvram]
+        facts = [
+            f"weights in {storage if self.storage else dtype} on {self.device}",
+            *([held] if self.lowvram else []),
+            *(["made faster"] if self.fast else []),
+            *([] if self.limits.whole else ["decoding in strips"]),
+            *([] if self.limits.rows is None else [f"UNet batch of {self.limits.rows}"]),
+        ]
+        return ", ".join(facts)
 
 
-def working(model: Sizes, request: Request, way: Way) -> tuple[int, int]:
-    """Bytes that the networks take while they run, beside weights: a step of the UNet, decoding a picture."""
-    usual = model.family.size
-    area = (request.width or usual) * (request.height or usual)
-    scale = model.family.cfg_scale if request.cfg_scale is None else request.cfg_scale
-    rows = request.batch_size * (1 if scale == 1 or not model.family.parts else 2)
-    rows = min(rows, way.limits.rows or rows)
-    latent = area // model.vae.factor**2
-    steps = UNET_NUMBERS * way.dtype.itemsize * model.unet.model_channels * rows * latent
-    whole = decoding(model.vae, area)
-    if whole <= way.limits.whole:
-        return steps, whole
-    return steps, whole // 3 + 10 * 4 * STRIP  # see ldm.tiled_vae
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How to run within a budget; as text, one line."""
+
+    way: Way
+    needs: int  # bytes on the device, at most; on a CPU, of the whole process
+    budget: int
+
+    def load(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Models:
+        """See `Way.load`."""
+        return self.way.load(path, **options)
+
+    def __str__(self) -> str:
+        return f"{self.needs / 2**30:.1f} of {self.budget / 2**30:.1f} GB: {self.way}"
 
 
-def fit(path: str | os.PathLike[str] | None, request: Request, *, budget: int, device: str = "cpu") -> Way:
-    """The fastest way to run a request in that many bytes. None of them changes more than a rounding.
+def plan(
+    what: Models | str | os.PathLike[str] | None,
+    request: Request,
+    inputs: Inputs = NO_INPUTS,
+    *,
+    budget: int | None = None,
+    device: torch.device | str = "cpu",
+    fast: bool = False,
+    controls: Sequence[str | os.PathLike[str]] = (),
+    **options: Any,
+) -> MemoryPlan:
+    """The fastest way to make a run that fits the memory. None changes the picture by more than rounding.
 
-    Raises RequestError if there is none, with the least that is needed.
+    what: a checkpoint, which is not loaded for this; None: the embedded model. Of loaded models, only the
+        limits are left to choose: run `dataclasses.replace(models, limits=plan.way.limits)`.
+    budget: bytes; None: what is free on the device.
+    device, fast: of models to be loaded; fast: with ldm.optimize, if there is memory for it.
+    controls: files of ControlNets that will be loaded, beside those of `inputs`.
+    options: further ones of `ldm.load`, such as vae.
+
+    Raises RequestError if there is no way, with the least that is needed; also what `ldm.load` and
+    `ldm.txt2img` raise.
     """
-    model, least = sizes(path), None
-    for way in ways(device):
-        need = predict(model, request, way)
-        if need <= budget:
-            return way
-        least = min(need, least or need)
+    device = what.device if isinstance(what, Models) else torch.device(device)
+    budget = free(device) if budget is None else budget
+    least = None
+    for way in ways_of(what) if isinstance(what, Models) else ways(str(device), fast=fast):
+        if isinstance(what, Models):
+            models = blank(what)
+        else:
+            models = load(what, device=META, dtype=way.dtype, storage=way.storage, **options)
+        nets = [blank_module(one.network) for one in inputs.controls]
+        nets += [load_controlnet(path, models) for path in controls]
+        needs = predict(models, request, way, inputs, nets)
+        if needs <= budget:
+            return MemoryPlan(way, needs, budget)
+        least = min(needs, least or needs)
     raise RequestError(
         f"this needs {(least or 0) / 2**30:.1f} GB of memory at least, there is {budget / 2**30:.1f}; "
-        "try a smaller picture"
+        "try a smaller picture or batch"
     )
 
 
-def ways(device: str) -> Iterator[Way]:
-    """From the fastest to the one that takes least memory."""
+def ways(device: str, *, fast: bool = False) -> Iterator[Way]:
+    """To load a model, from the fastest way to the one that takes least memory."""
     half = Way(device=device, dtype=torch.float16)
     held = (
-        [Way(), Way(storage=torch.float16)]
+        [*([Way(fast=True)] if fast else []), Way(), Way(storage=torch.float16)]
         if device == "cpu"
         else [half, replace(half, lowvram="parts"), replace(half, lowvram="blocks")]
     )
-    for way, whole, rows in product(held, (USUAL.whole, 0), (None, 1)):
-        yield replace(way, limits=Limits(rows, whole))
+    for way, limits in product(held, _limits()):
+        yield replace(way, limits=limits)
 
 
-def _stored(key: str, shape: tuple[int, ...]) -> bool:
-    """Whether `ldm.storage` holds this weight in fewer bytes."""
-    return len(shape) > 1 and prod(shape) >= SMALL and "embedding" not in key
+def ways_of(models: Models) -> Iterator[Way]:
+    """To run loaded models, in that order, too."""
+    blocks = offload.in_blocks(models.unet)
+    way = Way(
+        device=str(models.device),
+        dtype=models.denoiser.dtype,
+        storage=held_in(models.unet),
+        fast=any(isinstance(layer, FastConv2d) for layer in models.unet.modules()),
+        lowvram=("blocks" if blocks else "parts") if offload.is_offloaded(models.unet) else None,
+    )
+    for limits in _limits():
+        yield replace(way, limits=limits)
+
+
+def _limits() -> Iterator[Limits]:
+    for whole, rows in product((USUAL.whole, 0), (None, 1)):
+        yield Limits(rows, whole)
+
+
+def free(device: torch.device) -> int:
+    """Bytes that a process may have; on a CPU, what this process has already is among them.
+
+    Raises RequestError where the system does not tell.
+    """
+    try:
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0]
+        if device.type == "cpu":
+            available = _kilobytes("/proc/meminfo", "MemAvailable")
+            limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+            if limit.exists() and (most := limit.read_text().strip()) != "max":
+                available = min(available, int(most) - int(used.read_text()))
+            return available + _kilobytes("/proc/self/status", "VmRSS")
+    except (OSError, StopIteration):
+        pass
+    raise RequestError(f"how much memory is free on {device} is not known here; give a budget")
+
+
+def _kilobytes(path: str, field: str) -> int:
+    lines = Path(path).read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def predict(
+    models: Models, request: Request, way: Way, inputs: Inputs = NO_INPUTS, controls: Controls = ()
+) -> int:
+    """Bytes that a run takes at most on its device, weights included.
+
+    models, controls: as they are held, but without memory for weights (rehearsal.py). Not counted: LoRA files
+    and networks that enlarge pictures. Raises what `ldm.planning.plan` raises.
+    """
+    steps, pixels = working(models, request, way, inputs, controls)
+    units = [unit for one in _each(models) for unit in offload.units(one, blocks=way.lowvram == "blocks")]
+    sizes = [_bytes(unit) for unit in (*units, *controls)]
+    vae = _bytes(autoencoder(models))
+    if way.lowvram is not None:
+        return FIXED + max(max(sizes) + steps, vae + pixels)
+    # When the last weight is read, its pages of the file count, too.
+    last = max(w.nbytes for unit in units for w in unit.parameters())
+    return FIXED + sum(sizes) + vae + max(steps, pixels, last)
+
+
+def working(
+    models: Models, request: Request, way: Way, inputs: Inputs = NO_INPUTS, controls: Controls = ()
+) -> tuple[int, int]:
+    """Bytes that networks take while they run, beside weights: UNet and ControlNets; the autoencoder.
+
+    On a CPU the second ones hold what the heap keeps of the first ones. Arguments as of `predict`.
+    """
+    hires = request.hires and replace(request.hires, prompt="", negative_prompt="")
+    # What the words name need not be there yet.
+    run = planning.plan(models, replace(request, prompt="", negative_prompt="", hires=hires), inputs)
+    rows = _rows(models, request, run)
+    rows = min(rows, way.limits.rows or rows)
+    last = run.second or run
+    ledger = Ledger(torch.device(way.device), fast=way.fast)
+    with torch.no_grad(), ledger:
+        steps, pixels = [], []
+        if inputs.picture is not None or models.family.concat is Concat.INPAINT:
+            _encode(models, run, way)
+            pixels.append(ledger.turn())
+        _step(models, run, rows, controls)
+        steps.append(ledger.turn())
+        if run.second is not None:
+            if hires and hires.upscaler not in LATENT_MODES:
+                _decode(models, run, way)
+                _encode(models, run.second, way)
+                pixels.append(ledger.turn())
+            _step(models, run.second, rows, controls)
+            steps.append(ledger.turn())
+        _decode(models, last, way)
+        pixels.append(ledger.turn())
+    return max(steps), max(pixels)
+
+
+def _step(models: Models, run: Plan, rows: int, controls: Controls) -> None:
+    """All networks of a run see a batch once."""
+    for one in _each(models):
+        unet, (h, w) = one.unet, run.latent_shape[1:]
+        config, dtype = unet.config, one.denoiser.dtype
+        x = torch.empty(rows, config.in_channels, h, w, dtype=dtype, device=META)
+        t = torch.empty(rows, device=META)
+        context = y = None
+        if config.context_dim is not None:
+            context = torch.empty(rows, TOKENS, config.context_dim, dtype=dtype, device=META)
+        if config.vector_dim is not None:
+            y = torch.empty(rows, config.vector_dim, dtype=dtype, device=META)
+        elif config.num_classes is not None:
+            y = torch.empty(rows, dtype=torch.int64, device=META)
+        network: Network = unet
+        if one is models:
+            hint = torch.empty(1, 3, run.height, run.width, dtype=dtype, device=META)
+            nets = [net for net in controls if isinstance(net, ControlNet)]  # adapters have run before
+            prepared = [Prepared(net, net.features(hint), (1.0,) * (len(net.skips) + 1)) for net in nets]
+            network = Controlled(unet, prepared)
+        network(x, t, context, y)
+
+
+def _decode(models: Models, run: Plan, way: Way) -> None:
+    vae, latent = autoencoder(models), torch.empty(1, *run.latent_shape, device=META)
+    if _in_strips(vae.config, run, way):
+        tiled_vae.decode(vae, latent)
+    else:
+        vae.decode(latent)
+
+
+def _encode(models: Models, run: Plan, way: Way) -> None:
+    vae, pixels = autoencoder(models), torch.empty(1, 3, run.height, run.width, device=META)
+    if _in_strips(vae.config, run, way):
+        tiled_vae.encode(vae, pixels)
+    else:
+        vae.encode(pixels)
+
+
+def _in_strips(config: VAEConfig, run: Plan, way: Way) -> bool:
+    return decoding(config, run.width * run.height) > way.limits.whole
+
+
+def _rows(models: Models, request: Request, run: Plan) -> int:
+    """Of a batch that the UNet sees at each step, see `ldm.conditioning`."""
+    weights = [weight for _, weight in compose(without_comments(request.prompt))]
+    edited = models.family.concat is Concat.PICTURE and request.image_cfg_scale != 1
+    negative = bool(models.family.parts) and (edited or needs_negative(weights, run.cfg_scale))
+    return request.batch_size * (len(weights) + negative + (negative and edited))
+
+
+def _each(models: Models) -> Iterator[Models]:
+    """A model, and the refiner that ends its runs."""
+    yield models
+    if models.refiner is not None:
+        yield models.refiner
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(w.nbytes for w in module.parameters())

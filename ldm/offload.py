@@ -16,8 +16,6 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from ldm.unet import UNet
-
 if TYPE_CHECKING:
     from ldm.models import Models
 
@@ -65,7 +63,7 @@ def offloaded(models: "Models", device: torch.device | str, *, blocks: bool = Fa
     for one in (models, models.refiner):
         if one is None:
             continue
-        for unit in (*one.text, *(_blocks(one.unet) if blocks else (one.unet,))):
+        for unit in units(one, blocks=blocks):
             unit.register_forward_pre_hook(room.enter)
         for part in (one.unet, *one.text, *([one.vae] if one.vae else [])):
             _ROOMS[part] = room
@@ -74,9 +72,13 @@ def offloaded(models: "Models", device: torch.device | str, *, blocks: bool = Fa
     return models
 
 
-def _blocks(unet: UNet) -> Iterator[nn.Module]:
-    """All that a UNet calls in turn."""
-    for part in unet.children():
+def units(models: "Models", *, blocks: bool) -> Iterator[nn.Module]:
+    """What comes to the device at once, beside the autoencoder: text encoders, the UNet or all its blocks."""
+    yield from models.text
+    if not blocks:
+        yield models.unet
+        return
+    for part in models.unet.children():
         yield from part if isinstance(part, nn.ModuleList) else (part,)
 
 
@@ -94,6 +96,11 @@ def leave(*modules: object) -> None:
     for module in modules:
         if isinstance(module, nn.Module) and module in _ROOMS:
             _ROOMS[module].leave()
+
+
+def in_blocks(unet: nn.Module) -> bool:
+    """Whether the blocks of an offloaded UNet come one by one."""
+    return unet in _IN_BLOCKS
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import ldm
 from ldm.compat import PROFILES, Compatibility, profile
 from ldm.errors import RequestError
+from ldm.planning import plan
 from ldm.samplers import SAMPLERS
 from ldm.schedules import NoiseSchedule, ddim_levels, part_of_run
 from tests.golden import golden
@@ -66,7 +67,7 @@ def test_diffusers_runs_one_step_less_than_the_webui():
 def test_a_trace_of_noise_is_left_at_unit_variance():
     models = tiny("sd1")
     request = ldm.Request(sampler="DDIM", steps=5, width=64, height=64, compat=profile("compvis"))
-    run = ldm.plan(models, request)
+    run = plan(models, request)
     steps = list(ldm.sample(models, request))
     assert run.sigmas[-1] == pytest.approx(SCHEDULE.sigma_min)
     # The last update ends at sqrt(1 + sigma^2) times what the variance-preserving original holds.
@@ -78,7 +79,7 @@ def test_a_trace_of_noise_is_left_at_unit_variance():
 
 def test_old_karras_schedules_run_from_10_to_a_tenth():
     request = ldm.Request(sampler="DPM++ 2M Karras", steps=8, compat=Compatibility(old_karras_range=True))
-    sigmas = ldm.plan(tiny("sd1"), request).sigmas
+    sigmas = plan(tiny("sd1"), request).sigmas
     assert (sigmas[0], sigmas[-2]) == (pytest.approx(10.0), pytest.approx(0.1))
 
 

@@ -239,6 +239,6 @@ def test_names_that_lead_nowhere_are_one_sentence(stocked: Models):
         ("<lora:style:much>", "must be numbers"),
     ):
         with pytest.raises((LdmError, PromptError), match=message):
-            ldm.plan(stocked, replace(SMALL, prompt=prompt))
+            plan(stocked, replace(SMALL, prompt=prompt))
     with pytest.raises(LdmError, match="no folder with LoRA files is given"):
-        ldm.plan(tiny("sd1"), replace(SMALL, prompt="<lora:style:1>"))
+        plan(tiny("sd1"), replace(SMALL, prompt="<lora:style:1>"))

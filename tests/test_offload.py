@@ -58,8 +58,7 @@ def test_only_the_running_part_is_on_the_device(name: str, blocks: bool):
     models = copied(name)
     home = addresses(*modules(models))
     models = offload.offloaded(models, "cpu", blocks=blocks)
-    units = [*models.text, *((models.vae,) if models.vae else ())]
-    units += [*offload._blocks(models.unet)] if blocks else [models.unet]
+    units = [*offload.units(models, blocks=blocks), *((models.vae,) if models.vae else ())]
     moved: list[nn.Module] = []
 
     def seen(layer: nn.Module) -> None:
