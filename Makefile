@@ -1,6 +1,6 @@
 # make image PROMPT="a red apple"    draws a picture; ARGS="--steps 30 ..." goes to scripts/txt2img.py
 # make setup | test | lint            PYTHON=python3.12 chooses the interpreter of the virtual environment
-# make verify                         downloads what is installed again, and compares it with hashes.txt
+# make verify                         downloads the pinned files from PyPI and compares them with hashes.txt
 # make bench                          measures speed and memory against others; ARGS=--quick: a small trial
 # make peers                          gets those others besides diffusers, into .peers/ (3 GB)
 # make evaluate                       measures the quality of the embedded model's pictures
