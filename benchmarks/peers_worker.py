@@ -127,7 +127,7 @@ def compvis(kind: str, small: bool) -> nn.Module:
 def comfyui(kind: str, small: bool) -> nn.Module:
     import comfy.cli_args  # type: ignore
 
-    # Its default on a processor, without these, is slower.
+    # torch's own attention, which everybody else but the original has; its default here is another.
     comfy.cli_args.args.cpu = comfy.cli_args.args.use_pytorch_cross_attention = True
     from comfy.ldm.modules.diffusionmodules.model import Decoder as TheirDecoder  # type: ignore
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # type: ignore

@@ -79,13 +79,13 @@ text = CLIPTextModel.from_pretrained(f"{sys.argv[1]}/text_encoder", dtype=torch.
 
 
 def load(setting: Setting) -> dict[str, Any]:
-    """A file of half precision into float32. Imports are part of the figures; `load s` has none."""
+    """A file of half precision into float32. Imports are part of the figures; `load cpu` and `load wall` have none."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "benchmarks.speed", "--write", folder], cwd=ROOT, check=True)
         ours, file = (sys.executable, "-c"), f"{folder}/model.safetensors"
         commands = {
             "torch": (*ours, "import torch"),
-            "import": (*ours, "import ldm"),
+            "plain import": (*ours, "import ldm"),
             "plain": (*ours, OUR_LOAD, file),
             "diffusers import": (*ours, THEIR_LOAD.partition("for kind")[0]),
             "diffusers": (*ours, THEIR_LOAD, folder),
@@ -96,9 +96,9 @@ def load(setting: Setting) -> dict[str, Any]:
             commands[f"{name} import"] = (python(name), "-c", imports)
             commands[name] = (python(name), "-c", imports + PEERS[name].load, file)
         figures = processes(setting.rounds, commands)
-    bases = {"plain": "import"} | {name: f"{name} import" for name in ("diffusers", *loaders)}
-    for name, base in bases.items():
-        figures[name] |= {f"load {key}": figures[name][key] - figures[base][key] for key in ("cpu", "wall")}
+    for name in ("plain", "diffusers", *loaders):
+        both = figures[name], figures[f"{name} import"]
+        figures[name] |= {f"load {key}": both[0][key] - both[1][key] for key in ("cpu", "wall")}
     return figures
 
 
