@@ -79,7 +79,7 @@ text = CLIPTextModel.from_pretrained(f"{sys.argv[1]}/text_encoder", dtype=torch.
 
 
 def load(setting: Setting) -> dict[str, Any]:
-    """A file of half precision into float32. Imports are part of the figures; `load cpu` and `load wall` have none."""
+    """A file of half precision into float32. Imports count, but not in `load cpu` and `load wall`."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "benchmarks.speed", "--write", folder], cwd=ROOT, check=True)
         ours, file = (sys.executable, "-c"), f"{folder}/model.safetensors"
