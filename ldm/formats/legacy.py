@@ -59,14 +59,15 @@ def find_storages(file: MappedFile, keys: Any, at: int, storages: dict[str, Stor
     starts = {}
     for key in keys:
         storage = storages[key]
-        if at + 8 <= file.size and int.from_bytes(file.data[at : at + 8], "little") != storage.numel:
+        end = at + 8 + storage.numel * storage.dtype.itemsize
+        if end > file.size:
+            raise CheckpointError("the file is too short for its tensors; download it again")
+        if int.from_bytes(file.data[at : at + 8], "little") != storage.numel:
             raise CheckpointError(
                 f"its storage '{printable(key, 20)}' has not the size that is needed; do not use it"
             )
         starts[key] = at + 8
-        at += 8 + storage.numel * storage.dtype.itemsize
-        if at > file.size:
-            raise CheckpointError("the file is too short for its tensors; download it again")
+        at = end
     if at != file.size:
         raise CheckpointError(f"{file.size - at} bytes follow its last tensor; do not use this file")
     return starts

@@ -337,4 +337,4 @@ _ACTIONS: dict[bytes, Callable[[Unpickler], object]] = {
     b"b": Unpickler.build,
     b"Q": Unpickler.persistent,
 }
-OPCODES = {code[0]: action for code, action in _ACTIONS.items()}
+OPCODES = {ord(code): action for code, action in _ACTIONS.items()}

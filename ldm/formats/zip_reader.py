@@ -41,7 +41,7 @@ WORTH_A_THREAD = 1 << 26  # bytes to check
 MAX_MEMBERS = 50_000
 MAX_NAME = 500
 MAX_PICKLE = 16_000_000
-MAX_INFLATED = 32_000_000  # bytes of deflated members, beside 16 times the file: weights hardly compress
+MAX_INFLATED = 32_000_000  # bytes of the storages, beside 16 times the file: weights hardly compress
 
 
 class Member(NamedTuple):
@@ -65,13 +65,14 @@ def read_tree(file: MappedFile) -> Any:
         raise CheckpointError("it is a zip archive, but no checkpoint; if weights are inside, unpack it")
     if len(pickles) > 1:
         raise CheckpointError("it is a zip archive with several data.pkl; do not use this file")
-    folder = pickles[0].removesuffix("data.pkl")
+    [name] = pickles
+    folder = name.removesuffix("data.pkl")
     if order := members.get(f"{folder}byteorder"):
         check_little_endian(unpacked(file, order, limit=10))
-    pickled = Unpickler(unpacked(file, members[pickles[0]], MAX_PICKLE))
+    pickled = Unpickler(unpacked(file, members[name], MAX_PICKLE))
     tree = pickled.load()
     found = {key: find_storage(members, folder, storage) for key, storage in pickled.storages.items()}
-    if sum(m.size for m in found.values() if m.method == DEFLATED) > MAX_INFLATED + 16 * file.size:
+    if sum(member.size for member in found.values()) > MAX_INFLATED + 16 * file.size:
         raise CheckpointError("it unpacks to far more than weights can; do not use this file")
     check_stored(file, members.values())
 
