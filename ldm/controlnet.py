@@ -24,6 +24,7 @@ from ldm.denoise import Network
 from ldm.errors import RequestError
 from ldm.hints import HINTS
 from ldm.images import opaque
+from ldm.offload import bring, device_of
 from ldm.resize import Mode as Resize
 from ldm.resize import resized
 from ldm.t2i_adapter import Adapter
@@ -168,9 +169,10 @@ def prepared(
     """
     network = control.network
     check_fit(network, unet, factor)
-    weight = next(network.parameters())
-    hint = to_hint(control, width, height).to(weight.device, weight.dtype)
+    dtype = next(network.parameters()).dtype
+    hint = to_hint(control, width, height).to(device_of(network), dtype)
     if isinstance(network, ControlNet):
+        bring(network)
         return Prepared(network, network.features(hint), scales(control, len(network.skips) + 1))
     found = network(hint)
     weighted = (weight * one for weight, one in zip(scales(control, len(found)), found, strict=True))

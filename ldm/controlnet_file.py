@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ldm import t2i_adapter
+from ldm import offload, t2i_adapter
 from ldm.building import Destination, build, shapes_of
 from ldm.checkpoint import named
 from ldm.controlnet import ControlNet, ControlNetConfig, check_fit
@@ -50,7 +50,7 @@ def load_controlnet(
 
     path: a .safetensors, .ckpt or .pth file, or a name in BUILT_IN.
     models: tells what no shape does, the number of attention heads.
-    device, dtype: None: those of `models`.
+    device, dtype: None: those of `models`; beside offloaded ones, it comes and goes as their parts do.
 
     Raises CheckpointError, one line, if the file is damaged, incomplete, something else, or for another
     model.
@@ -58,7 +58,8 @@ def load_controlnet(
     path = BUILT_IN.get(os.fspath(path), Path(path))
     file = read(path)
     weights = file.tensors
-    device = models.device if device is None else torch.device(device)
+    joins = device is None and offload.is_offloaded(models.unet)
+    device = torch.device("cpu") if joins else models.device if device is None else torch.device(device)
     to = Destination(device, dtype or models.denoiser.dtype, release=file.release)
     try:
         if t2i_adapter.is_adapter(weights):
@@ -73,6 +74,8 @@ def load_controlnet(
         check_fit(network, models.unet.config, None if models.vae is None else models.vae.config.factor)
     except (CheckpointError, RequestError) as error:
         raise named(path, CheckpointError(str(error))) from None
+    if joins:
+        offload.join(network, models)
     return network
 
 

@@ -207,13 +207,14 @@ def predict(
     and networks that enlarge pictures. Raises what `ldm.planning.plan` raises.
     """
     steps, pixels = working(models, request, way, inputs, controls)
-    units = [unit for one in _each(models) for unit in offload.units(one, blocks=way.lowvram == "blocks")]
-    sizes = [_bytes(unit) for unit in (*units, *controls)]
+    networks = [*controls, *(network for one in _each(models) for network in (*one.text, one.unet))]
+    blocks = way.lowvram == "blocks"
+    sizes = [_bytes(unit) for network in networks for unit in offload.units(network, blocks=blocks)]
     vae = _bytes(autoencoder(models))
     if way.lowvram is not None:
         return FIXED + max(max(sizes) + steps, vae + pixels)
     # When the last weight is read, its pages of the file count, too.
-    last = max(w.nbytes for unit in units for w in unit.parameters())
+    last = max(w.nbytes for network in networks for w in network.parameters())
     return FIXED + sum(sizes) + vae + max(steps, pixels, last)
 
 

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from ldm.unet import InputHalf
+
 if TYPE_CHECKING:
     from ldm.models import Models
 
@@ -57,28 +59,37 @@ def offloaded(models: "Models", device: torch.device | str, *, blocks: bool = Fa
     """The same models, which now run on `device`, one part at a time: text encoders, UNet, autoencoder.
 
     blocks: of the UNet, too, one block at a time. A step then takes as long as the transfer of all weights.
-    A ControlNet is a network of its own, and stays where it was loaded.
     """
     room = Room(torch.device(device))
     for one in (models, models.refiner):
-        if one is None:
-            continue
-        for unit in units(one, blocks=blocks):
-            unit.register_forward_pre_hook(room.enter)
-        for part in (one.unet, *one.text, *([one.vae] if one.vae else [])):
-            _ROOMS[part] = room
-        if blocks:
-            _IN_BLOCKS.add(one.unet)
+        if one is not None:
+            for network in (*one.text, one.unet):
+                _admit(network, room, blocks)
+            if one.vae:
+                _ROOMS[one.vae] = room  # is not run by calling it, see `bring`
     return models
 
 
-def units(models: "Models", *, blocks: bool) -> Iterator[nn.Module]:
-    """What comes to the device at once, beside the autoencoder: text encoders, the UNet or all its blocks."""
-    yield from models.text
-    if not blocks:
-        yield models.unet
+def join(network: nn.Module, models: "Models") -> None:
+    """Let a ControlNet come and go with the parts of models, if they do."""
+    if models.unet in _ROOMS:
+        _admit(network, _ROOMS[models.unet], in_blocks(models.unet))
+
+
+def _admit(network: nn.Module, room: Room, blocks: bool) -> None:
+    for unit in units(network, blocks=blocks):
+        unit.register_forward_pre_hook(room.enter)
+    _ROOMS[network] = room
+    if blocks and isinstance(network, InputHalf):
+        _IN_BLOCKS.add(network)
+
+
+def units(network: nn.Module, *, blocks: bool) -> Iterator[nn.Module]:
+    """What of a network comes to the device at once: all of it, or a block of a UNet or ControlNet."""
+    if not (blocks and isinstance(network, InputHalf)):
+        yield network
         return
-    for part in models.unet.children():
+    for part in network.children():  # all that it calls in turn
         yield from part if isinstance(part, nn.ModuleList) else (part,)
 
 

@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import ldm
 from ldm import lora, offload
+from ldm.controlnet import Control, ControlNet
+from ldm.controlnet_file import load_controlnet
 from ldm.formats import write_safetensors
 from ldm.lora_names import kohya_key, parts, trained
 from ldm.models import Models
+from ldm.t2i_adapter import Adapter
+from tests.test_controlnet import controlnet as random_controlnet
 from tests.tiny_families import tiny
 
 REQUEST = ldm.Request(prompt="a cat", steps=2, width=64, height=64, sampler="Euler")
@@ -58,7 +63,7 @@ def test_only_the_running_part_is_on_the_device(name: str, blocks: bool):
     models = copied(name)
     home = addresses(*modules(models))
     models = offload.offloaded(models, "cpu", blocks=blocks)
-    units = [*offload.units(models, blocks=blocks), *((models.vae,) if models.vae else ())]
+    units = [*models.text, *offload.units(models.unet, blocks=blocks), *((models.vae,) if models.vae else ())]
     moved: list[nn.Module] = []
 
     def seen(layer: nn.Module) -> None:
@@ -72,6 +77,32 @@ def test_only_the_running_part_is_on_the_device(name: str, blocks: bool):
     assert set(units) == set(moved)
     offload.leave(models.unet)
     assert addresses(*modules(models)) == home
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_controlnet_comes_and_goes_like_the_parts_of_the_model(tmp_path: Path, blocks: bool):
+    path = tmp_path / "control.safetensors"
+    write_safetensors(path, random_controlnet(tiny("sd1").unet.config).state_dict(), {})
+    hint = Image.linear_gradient("L")
+
+    def drawn(models: Models, control: ControlNet | Adapter) -> bytes:
+        inputs = ldm.Inputs(controls=(Control(control, hint),))
+        return ldm.txt2img(models, REQUEST, inputs)[0].tobytes()
+
+    wanted = drawn(tiny("sd1"), load_controlnet(path, tiny("sd1")))
+    assert wanted != ldm.txt2img(tiny("sd1"), REQUEST)[0].tobytes()
+    models = offload.offloaded(copied(), "cpu", blocks=blocks)
+    control = load_controlnet(path, models)
+    home = addresses(control)
+    away: list[bool] = []
+    for layer in control.modules():
+        if layer._parameters:
+            layer.register_forward_pre_hook(lambda layer, _: away.append(not addresses(layer) & home))
+    assert drawn(models, control) == wanted
+    assert away
+    assert all(away)
+    offload.leave(control)
+    assert addresses(control) == home
 
 
 def test_the_unet_comes_once_for_all_steps():
