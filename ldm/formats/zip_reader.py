@@ -102,7 +102,7 @@ def find_storage(members: dict[str, Member], folder: str, storage: StorageRef) -
 def read_directory(file: MappedFile) -> dict[str, Member]:
     """The members by name. Raises CheckpointError if the archive could be read in two ways."""
     count, start, end = find_directory(file)
-    if count > MAX_MEMBERS or count * CENTRAL.size > end - start:
+    if count > MAX_MEMBERS:
         raise damaged()
     members: list[Member] = []
     at = start
@@ -136,7 +136,7 @@ def find_directory(file: MappedFile) -> tuple[int, int, int]:
         at = file.data.find(b"PK\5\6", at + 1)
     if len(ends) != 1:
         raise CheckpointError("the zip archive has no proper end; the file is incomplete, download it again")
-    end = ends[0]
+    [end] = ends
     _, *disks, here, count, size, start, _ = END.unpack_from(file.data, end)
     narrow = (here, count, size, start)
     at = end - LOCATOR64.size

@@ -343,8 +343,14 @@ def test_a_zip64_end_is_read_and_agrees_with_the_narrow_one(archive: Container) 
 
 def test_a_zip64_end_may_not_be_missing(archive: Container) -> None:
     locator = b"PK\6\7" + struct.pack("<LQL", 0, 0, 1)
-    end = b"PK\5\6" + bytes(18)
-    assert "zip archive is damaged" in archive.refusal(locator + end)
+    assert "zip archive is damaged" in archive.refusal(
+        locator + b"PK\5\6" + bytes(12) + struct.pack("<LH", len(locator), 0)
+    )
+
+
+def test_a_locator_lies_before_the_end(archive: Container) -> None:
+    """Not in the comment, where an index below 0 would find it."""
+    assert "no checkpoint" in archive.refusal(b"PK\5\6" + bytes(16) + b"\x14\0PK\6\7" + bytes(16))
 
 
 def extended(extra: bytes, *, size: bytes = b"", packed: bytes = b"", header: bytes = b"") -> bytes:
