@@ -99,10 +99,11 @@ def _blank(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap | N
 
 
 def _is_finite(w: Tensor) -> bool:
-    """The sum tells of all numbers. There are no sums of 8 bits, and nothing on meta."""
+    """Sums tell of all numbers: those of pieces, as torch makes float32 of all that it adds up."""
     if w.is_meta:
         return True
-    return math.isfinite((w.sum(dtype=torch.float32) if w.itemsize > 1 else w.float().sum()).item())
+    pieces = w.reshape(-1).split(PIECE)
+    return all(math.isfinite(piece.to(torch.float32).sum().item()) for piece in pieces)
 
 
 class _Blank(TorchFunctionMode):
