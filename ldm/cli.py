@@ -18,6 +18,7 @@ from ldm.files import remove_unfinished
 from ldm.images import ENDINGS, numbered, save, save_numbered
 from ldm.inputs import Inputs
 from ldm.interrupts import patient
+from ldm.main_memory import bounded
 from ldm.models import Models
 from ldm.pipeline import picture, sample
 from ldm.planning import plan
@@ -155,20 +156,21 @@ def draw(
                 if i == 0 and run.strength is not None:
                     made = len(run.sigmas) - 1
                     print(f"strength {run.strength:g} makes {made} of {run.steps} steps", file=sys.stderr)
-                for step in sample(models, job.request, inputs):
-                    latents = step.x
-                    bar.update()
-                    if asked():
-                        raise KeyboardInterrupt
-                assert latents is not None
-                bar.update(begin + run.steps_made - bar.n)  # some samplers choose their number of steps
-                for one in missing:
-                    place = one.place - job.place
-                    save(picture(models, run, place, latents[place]), one)
-                    done += 1
-                    finished += one is missing[-1]
-                    if asked():
-                        raise KeyboardInterrupt
+                with bounded(models.device):
+                    for step in sample(models, job.request, inputs):
+                        latents = step.x
+                        bar.update()
+                        if asked():
+                            raise KeyboardInterrupt
+                    assert latents is not None
+                    bar.update(begin + run.steps_made - bar.n)  # some samplers choose their number of steps
+                    for one in missing:
+                        place = one.place - job.place
+                        save(picture(models, run, place, latents[place]), one)
+                        done += 1
+                        finished += one is missing[-1]
+                        if asked():
+                            raise KeyboardInterrupt
             except (LdmError, RuntimeError, MemoryError) as error:  # the last two: out of memory
                 if len(jobs) == 1:
                     raise

@@ -21,6 +21,7 @@ from ldm.files import remove_unfinished
 from ldm.images import MAX_PIXELS, opaque, read_picture, read_text, save, with_text
 from ldm.inputs import Inputs
 from ldm.interrupts import patient
+from ldm.main_memory import bounded
 from ldm.models import Models
 from ldm.pipeline import described, picture, sample
 from ldm.planning import Plan, plan
@@ -164,13 +165,14 @@ class _Run:
     def one(self, models: Models, run: Plan, path: Path) -> Path:
         """Draw one picture and save it. Raises KeyboardInterrupt between two steps."""
         latents = None
-        for step in sample(models, run.request, run.inputs):
-            latents = step.x
-            self.bar.update()
-            if self.asked():
-                raise KeyboardInterrupt
-        assert latents is not None
-        image = picture(models, run, 0, latents[0])
+        with bounded(models.device):
+            for step in sample(models, run.request, run.inputs):
+                latents = step.x
+                self.bar.update()
+                if self.asked():
+                    raise KeyboardInterrupt
+            assert latents is not None
+            image = picture(models, run, 0, latents[0])
         try:
             save(image, path)
         except LdmError:
