@@ -180,7 +180,7 @@ def read_member(file: MappedFile, at: int, end: int) -> tuple[Member, int]:
     )
     if signature != b"PK\3\4" or (local_raw, local_flags, local_method) != (raw, flags, method) or not agree:
         raise CheckpointError("the zip archive contradicts its own directory; do not use this file")
-    if start + packed > file.size or (method == STORED and size != packed):
+    if method == STORED and size != packed:
         raise damaged()
     try:
         name = raw.decode()

@@ -393,6 +393,10 @@ def test_wide_numbers_of_a_member_are_read(archive: Container) -> None:
         extended(b"\2" + one[1:], size=full),
         extended(struct.pack("<2HL", 1, 4, 16), size=full),
         extended(b"\1\0\x08", size=full),
+        extended(short, size=full),
+        extended(other + short, size=full),
+        extended(other + one[:-1], size=full),
+        extended(b"\1\0\7\0" + bytes(7), size=full),
     ):
         assert "zip archive is damaged" in archive.refusal(bad)
 
