@@ -199,8 +199,11 @@ def check(a: argparse.Namespace) -> None:
     exist_folders(a.lora_dir, a.embeddings_dir, a.hypernetwork_dir, getattr(a, "upscalers_dir", None))
 
 
-def models(a: argparse.Namespace) -> Models:
-    """Load what the flags of `groups.add_model`, `groups.add_words` and `groups.add_leading` name."""
+def models(a: argparse.Namespace, requests: Sequence[Request] = ()) -> Models:
+    """Load what the flags of `groups.add_model`, `groups.add_words` and `groups.add_leading` name.
+
+    requests: for --budget, what will be drawn.
+    """
     from dataclasses import replace
 
     import torch
@@ -219,24 +222,40 @@ def models(a: argparse.Namespace) -> Models:
     library = ldm.Library(
         a.lora_dir, a.embeddings_dir, a.hypernetwork_dir, upscalers=getattr(a, "upscalers_dir", None)
     )
-    loaded = ldm.load(
-        a.ckpt,
-        device=home,
-        dtype=dtype,
-        storage=getattr(torch, a.storage) if a.storage else None,
-        vae=a.vae,
-        prediction=a.prediction,
-        ema=a.ema,
-        vocabulary=a.vocabulary,
-        library=library,
-    )
-    if a.refiner is not None:
-        loaded = replace(loaded, refiner=ldm.load(a.refiner, device=home, dtype=dtype))
-    if a.lowvram:
-        loaded = offloaded(loaded, device, blocks=a.lowvram == "blocks")
-    if a.fast and device.type == "cpu":
-        ldm.optimize(loaded)
-    elif a.fast:
+    options = {
+        "vae": a.vae,
+        "prediction": a.prediction,
+        "ema": a.ema,
+        "vocabulary": a.vocabulary,
+        "library": library,
+    }
+    if requests and getattr(a, "budget", None) is not None:
+        if a.dtype or a.storage or a.lowvram or a.refiner:
+            raise ldm.RequestError("--budget goes without --dtype, --storage, --lowvram and --refiner")
+        largest = max(requests, key=lambda r: (r.width or 0) * (r.height or 0) * r.batch_size)
+        plan = ldm.plan(
+            a.ckpt,
+            largest,
+            budget=a.budget or None,
+            device=device,
+            fast=a.fast,
+            controls=[path for path, _ in a.control],
+            **options,
+        )
+        print(f"memory: {plan}", file=sys.stderr)
+        loaded = plan.load(a.ckpt, **options)
+        compiles = a.fast and plan.way.lowvram is None
+    else:
+        storage = getattr(torch, a.storage) if a.storage else None
+        loaded = ldm.load(a.ckpt, device=home, dtype=dtype, storage=storage, **options)
+        if a.refiner is not None:
+            loaded = replace(loaded, refiner=ldm.load(a.refiner, device=home, dtype=dtype))
+        if a.lowvram:
+            loaded = offloaded(loaded, device, blocks=a.lowvram == "blocks")
+        if a.fast and device.type == "cpu":
+            ldm.optimize(loaded)
+        compiles = a.fast
+    if compiles and device.type != "cpu":
         usual, rows = loaded.default_size, a.batch_size * (1 if a.cfg_scale == 1 else 2)
         loaded = fast(loaded, sizes=[(a.width or usual, a.height or usual, rows)])
     return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import secrets
 from pathlib import Path
 
@@ -91,6 +92,25 @@ def add_model(p: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--vocabulary", type=Path, metavar="FILE", help="BERT's vocab.txt, for text2image-large"
     )
+
+
+def add_budget(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--budget",
+        type=_bytes,
+        metavar="4GB",
+        help="fit into this memory (free: what there is), by the means of docs/memory.md",
+    )
+
+
+def _bytes(text: str) -> int:
+    """ "4GB" -> 4 * 2**30; "free" -> 0."""
+    if text == "free":
+        return 0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m|g)b?", text.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"memory is written as 4GB, 900MB or free, got {text!r}")
+    return int(float(found[1]) * (2**20 if found[2] == "m" else 2**30))
 
 
 def add_sampling(p: argparse.ArgumentParser) -> None:

@@ -55,6 +55,7 @@ def parser() -> flags.Parser:
     p.add_argument("--depth", type=Path, metavar="PICTURE", help="for depth models: white is near")
     groups.add_noise(p)
     groups.add_model(p)
+    groups.add_budget(p)
     groups.add_sampling(p)
     files = groups.add_output(p)
     files.add_argument(
@@ -168,7 +169,7 @@ def draw(a: argparse.Namespace) -> int:
     output = cli.Output(a.out, a.overwrite)
     if not a.explain:
         output.prepare(pictures)
-    models = flags.models(a) if a.ckpt or not a.from_picture else None
+    models = flags.models(a, todo) if a.ckpt or not a.from_picture else None
     wanted = None  # of a batch; None: all
     if a.from_picture:
         folders = (a.models_dir, a.lora_dir, a.embeddings_dir, a.hypernetwork_dir)

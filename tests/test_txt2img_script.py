@@ -79,6 +79,8 @@ def text(path: Path) -> str:
         (["--out", "x.gif"], "saved as .png"),
         (["--out", "x.png", "--n-iter", "2"], "one file for 2 pictures"),
         (["--out", "/dev/null/x"], "cannot make the folder"),
+        (["--budget", "lots"], "memory is written as 4GB, 900MB or free, got 'lots'"),
+        (["--budget", "4GB", "--storage", "float16"], "--budget goes without --dtype, --storage"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )
@@ -101,6 +103,13 @@ def test_a_mistake_is_one_line_before_anything_is_read(
     assert said.out == ""
     assert complaint in said.err
     assert len(said.err.splitlines()) == 1
+
+
+def test_a_budget_is_planned_before_loading(draw, capsys: pytest.CaptureFixture[str]):
+    assert draw("a cat", "--budget", "2GB") == 0
+    assert re.search(r"^memory: 0\.\d of 2\.0 GB: weights in float32 on cpu$", capsys.readouterr().err, re.M)
+    assert draw("a cat", "--budget", "100MB") == 2
+    assert "GB of memory at least, there is 0.1" in capsys.readouterr().err
 
 
 def test_a_missing_or_damaged_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
