@@ -87,6 +87,9 @@ def test_storages_follow_in_the_order_of_their_keys(old: Container) -> None:
         assert "too short" in old.refusal(whole[:-end])
     longer = build.legacy(pickled, (FLOATS, FLOATS), keys=("0", "1"))
     assert "storage '1' has not the size" in old.refusal(longer)
+    for at in range(8):  # of the eight bytes that say how many numbers follow
+        wrong = patched(whole, len(whole) - 16 + at, b"\x55")
+        assert "storage '1' has not the size" in old.refusal(wrong)
 
 
 # Since torch 1.6.
