@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -67,11 +68,22 @@ from diffusers import StableDiffusionPipeline
 
 OUR_LOAD = "import sys, ldm; ldm.load(sys.argv[1])"
 
-THEIR_LOAD = """
+THEIR_LOADERS = """
 import sys, torch
 sys.modules["torchvision"] = None
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
+"""
+
+THEIR_LOAD = """
+without = dict.fromkeys(("tokenizer", "feature_extractor", "safety_checker"))
+StableDiffusionPipeline.from_single_file(
+    f"{sys.argv[1]}/model.safetensors", config=sys.argv[1], torch_dtype=torch.float32, local_files_only=True,
+    scheduler=DDIMScheduler(), requires_safety_checker=False, **without,
+)
+"""
+
+THEIR_LOAD_OF_FOLDERS = """
 for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
     globals()[name] = kind.from_pretrained(f"{sys.argv[1]}/{name}", torch_dtype=torch.float32)
 text = CLIPTextModel.from_pretrained(f"{sys.argv[1]}/text_encoder", dtype=torch.float32)
@@ -79,7 +91,10 @@ text = CLIPTextModel.from_pretrained(f"{sys.argv[1]}/text_encoder", dtype=torch.
 
 
 def load(setting: Setting) -> dict[str, Any]:
-    """A file of half precision into float32. Imports count, but not in `load cpu` and `load wall`."""
+    """A file of half precision into float32; diffusers also from its own layout, a folder for each network.
+
+    Imports count, but not in `load cpu` and `load wall`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "benchmarks.speed", "--write", folder], cwd=ROOT, check=True)
         ours, file = (sys.executable, "-c"), f"{folder}/model.safetensors"
@@ -87,8 +102,9 @@ def load(setting: Setting) -> dict[str, Any]:
             "torch": (*ours, "import torch"),
             "plain import": (*ours, "import ldm"),
             "plain": (*ours, OUR_LOAD, file),
-            "diffusers import": (*ours, THEIR_LOAD.partition("for kind")[0]),
-            "diffusers": (*ours, THEIR_LOAD, folder),
+            "diffusers import": (*ours, THEIR_LOADERS),
+            "diffusers": (*ours, THEIR_LOADERS + THEIR_LOAD, folder),
+            "diffusers, folders": (*ours, THEIR_LOADERS + THEIR_LOAD_OF_FOLDERS, folder),
         }
         loaders = [name for name in present() if PEERS[name].load]
         for name in loaders:
@@ -96,8 +112,8 @@ def load(setting: Setting) -> dict[str, Any]:
             commands[f"{name} import"] = (python(name), "-c", imports)
             commands[name] = (python(name), "-c", imports + PEERS[name].load, file)
         figures = processes(setting.rounds, commands)
-    for name in ("plain", "diffusers", *loaders):
-        both = figures[name], figures[f"{name} import"]
+    for name in ("plain", "diffusers", "diffusers, folders", *loaders):
+        both = figures[name], figures[f"{name.partition(',')[0]} import"]
         figures[name] |= {f"load {key}": both[0][key] - both[1][key] for key in ("cpu", "wall")}
     return figures
 
@@ -124,6 +140,20 @@ def write(folder: Path) -> None:
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     )
     CLIPTextModel(config).half().save_pretrained(folder / "text_encoder")
+    (folder / "model_index.json").write_text(json.dumps(INDEX))
+
+
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+}
+"""What diffusers wants to know of its parts."""
 
 
 def picture(setting: Setting) -> dict[str, Any]:
