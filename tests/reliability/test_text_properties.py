@@ -89,6 +89,7 @@ PASSES = st.builds(
     prompt=maybe(TEXTS.filter(bool)),  # an empty one is that of the first pass, as None is
     negative_prompt=maybe(TEXTS.filter(bool)),
     cfg_scale=maybe(numbers(0, 30)),
+    token_merging=maybe(numbers(0, 1)),
 )
 
 
@@ -126,6 +127,8 @@ def requests(draw: st.DrawFn) -> Request:
         guidance_low=draw(numbers(0, 100)),
         guidance_skip=draw(numbers(0, 1)),
         reuse=draw(st.integers(1, 100)),
+        token_merging=draw(numbers(0, 1)),
+        token_merging_downsample=draw(st.sampled_from([1, 2, 4, 8])),
         compat=draw(st.sampled_from([*compat.PROFILES.values()])),
         **draw(
             st.one_of(
