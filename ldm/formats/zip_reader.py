@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -222,8 +223,7 @@ def check_stored(file: MappedFile, members: Iterable[Member]) -> None:
         return next((m for m in share if file.crc(m.start, m.end) != m.crc), None)
 
     with ThreadPoolExecutor(workers) as threads:
-        apply = threads.map if workers > 1 else map
-        for member in apply(first_damaged, [stored[i::workers] for i in range(workers)]):
+        for member in threads.map(first_damaged, [stored[i::workers] for i in range(workers)]):
             if member:
                 raise CheckpointError(f"{printable(member.name)} inside it is damaged; download it again")
 
@@ -244,13 +244,11 @@ def unpacked(file: MappedFile, member: Member, limit: int) -> bytes | bytearray:
 def inflate(file: MappedFile, member: Member) -> bytearray:
     """The unpacked bytes of a deflated member: never more than its declared size."""
     inflater, raw = zlib.decompressobj(-zlib.MAX_WBITS), bytearray()
-    try:
+    with suppress(zlib.error):  # the stream has no end, then
         for piece in file.chunks(member.start, member.end):
             raw += inflater.decompress(piece, member.size + 1 - len(raw))
             if len(raw) > member.size:
                 break
-    except zlib.error:
-        raw.clear()
     if not inflater.eof or inflater.unused_data or len(raw) != member.size or zlib.crc32(raw) != member.crc:
         raise CheckpointError(f"{printable(member.name)} inside it is damaged; download it again")
     return raw

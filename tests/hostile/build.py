@@ -84,3 +84,18 @@ def safetensors(header: object, data: bytes = b"", length: int | None = None) ->
 
 def patched(data: bytes, at: int, raw: bytes) -> bytes:
     return data[:at] + raw + data[at + len(raw) :]
+
+
+def entries(content: bytes) -> list[int]:
+    """Where the entries of the directory begin."""
+    at, found = content.index(b"PK\1\2"), []
+    while content[at : at + 4] == b"PK\1\2":
+        found.append(at)
+        at += 46 + sum(struct.unpack_from("<3H", content, at + 28))
+    return found
+
+
+def both(content: bytes, entry: int, at: int, raw: bytes) -> bytes:
+    """`raw` in an entry of the directory and in the local header, whose fields lie two bytes earlier."""
+    header = struct.unpack_from("<L", content, entry + 42)[0]
+    return patched(patched(content, entry + at, raw), header + at - 2, raw)

@@ -30,8 +30,8 @@ READER = {  # and the tests that find most
     "pickle_names": "formats/test_pickle_names.py",
     "pickle_reader": "formats/test_pickle_reader.py",
     "rebuild": "formats/test_rebuild.py",
-    "legacy": "formats/test_containers.py",
-    "zip_reader": "formats/test_containers.py",
+    "legacy": "formats/test_legacy.py",
+    "zip_reader": "formats/test_zip_reader.py",
 }
 TESTS = [*dict.fromkeys(READER.values()), "formats/test_checkpoints.py", "hostile/test_refusals.py"]
 LIMIT = 30  # seconds for the tests of one mutant

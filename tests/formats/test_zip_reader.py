@@ -1,118 +1,29 @@
-"""The two layouts of torch.save, field by field: what is read, and where each limit lies."""
+"""The layout of torch.save since version 1.6, field by field: what is read, and where each limit lies."""
 
 from __future__ import annotations
 
-import pickle
+import random
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ldm.errors import CheckpointError
-from ldm.formats import legacy, zip_reader
-from ldm.formats.mapped import MappedFile
-from tests.hostile import build
-from tests.hostile.build import FLOATS, patched, state_dict, storage, tensor, zipped
-from tests.hostile.samples import legacy_files
+from ldm.formats import mapped, zip_reader
+from tests.formats.container import Container
+from tests.hostile.build import FLOATS, both, entries, patched, state_dict, storage, tensor, zipped
 
 GOOD = state_dict(tensor())
-
-
-class Container:
-    """Reads bytes as a file of one of the two layouts."""
-
-    def __init__(self, folder: Path, module: Any) -> None:
-        self.path, self.module = folder / "a", module
-
-    def read(self, content: bytes) -> Any:
-        self.path.write_bytes(content)
-        with MappedFile(self.path) as file:
-            return self.module.read_tree(file)
-
-    def refusal(self, content: bytes) -> str:
-        with pytest.raises(CheckpointError) as error:
-            self.read(content)
-        return str(error.value)
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> Container:
-    return Container(tmp_path, legacy)
+PLAIN = zipped(GOOD)
+FIRST, SECOND = entries(PLAIN)
+END = len(PLAIN) - 22
 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Container:
     return Container(tmp_path, zip_reader)
-
-
-# Before torch 1.6.
-
-WHY = {
-    "bytes_after": "1 bytes follow its last tensor",
-    "pickle_after": "bytes follow its last tensor",
-    "zip_after": "bytes follow its last tensor",
-    "protocol": "unknown version",
-    "big_endian": "big-endian",
-    "machine": "big-endian",
-    "keys_missing": "list of storages",
-    "keys_other": "list of storages",
-    "keys_twice": "list of storages",
-    "keys_number": "list of storages",
-    "keys_nested": "list of storages",
-    "storage_missing": "too short",
-    "storage_short": "too short",
-    "storage_long": "not the size",
-}
-
-
-def test_each_damage_of_the_old_layout_is_named(old: Container) -> None:
-    files = legacy_files(GOOD)
-    assert files.keys() == WHY.keys()
-    for key, why in WHY.items():
-        assert why in old.refusal(files[key]), key
-    assert "plain Python pickle" in old.refusal(pickle.dumps(1, 2))
-
-
-def test_storages_follow_in_the_order_of_their_keys(old: Container) -> None:
-    pickled = state_dict(tensor(), tensor(storage("1", 2), shape=(2,)))
-    tree = old.read(build.legacy(pickled, (FLOATS[8:], FLOATS), keys=("1", "0")))
-    assert {key: t.tolist() for key, t in tree.items()} == {"t0": [1, 2, 3, 4], "t1": [3, 4]}
-    whole = build.legacy(pickled, (FLOATS, FLOATS[8:]), keys=("0", "1"))
-    assert old.read(whole)["t1"].tolist() == [3, 4]
-    assert "too short" in old.refusal(whole[:-1])
-    for end in range(9, 17):  # the second storage's number of elements is cut
-        assert "too short" in old.refusal(whole[:-end])
-    longer = build.legacy(pickled, (FLOATS, FLOATS), keys=("0", "1"))
-    assert "storage '1' has not the size" in old.refusal(longer)
-    for at in range(8):  # of the eight bytes that say how many numbers follow
-        wrong = patched(whole, len(whole) - 16 + at, b"\x55")
-        assert "storage '1' has not the size" in old.refusal(wrong)
-
-
-# Since torch 1.6.
-
-
-def entries(content: bytes) -> list[int]:
-    """Where the entries of the directory begin."""
-    at, found = content.index(b"PK\1\2"), []
-    while content[at : at + 4] == b"PK\1\2":
-        found.append(at)
-        at += 46 + sum(struct.unpack_from("<3H", content, at + 28))
-    return found
-
-
-def both(content: bytes, entry: int, at: int, raw: bytes) -> bytes:
-    """`raw` in an entry of the directory and in the local header, whose fields lie two bytes earlier."""
-    header = struct.unpack_from("<L", content, entry + 42)[0]
-    return patched(patched(content, entry + at, raw), header + at - 2, raw)
-
-
-PLAIN = zipped(GOOD)
-FIRST, SECOND = entries(PLAIN)
-END = len(PLAIN) - 22
 
 
 def test_a_plain_archive_and_one_with_a_comment_are_read(archive: Container) -> None:
@@ -282,6 +193,61 @@ def test_what_is_deflated_is_as_long_as_it_says(archive: Container) -> None:
         assert ("is damaged" if raw == GOOD else "15 bytes instead") in archive.refusal(shorter)
         wrong = both(packed, entry, 16, b"\1\2\3\4")
         assert "is damaged" in archive.refusal(wrong)
+
+
+def test_a_deflated_stream_is_whole_and_fills_its_member(archive: Container) -> None:
+    def stored(stream: bytes, holds: bytes) -> bytes:
+        """The plain archive with `stream` as the packed bytes of data/0, which is said to hold `holds`."""
+        content = zipped(GOOD, {"data/0": stream})
+        entry = entries(content)[1]
+        content = both(both(content, entry, 10, b"\x08\0"), entry, 24, struct.pack("<L", 16))
+        return both(content, entry, 16, struct.pack("<L", zlib.crc32(holds)))
+
+    deflater = zlib.compressobj(wbits=-15)
+    endless = deflater.compress(FLOATS) + deflater.flush(zlib.Z_SYNC_FLUSH)
+    end = deflater.flush()
+    assert archive.read(stored(endless + end, FLOATS))["t0"].tolist() == [1, 2, 3, 4]
+    deflater = zlib.compressobj(wbits=-15)
+    short = deflater.compress(FLOATS[:15]) + deflater.flush()
+    for bad in (
+        stored(endless, FLOATS),
+        stored(endless + end + b"more", FLOATS),
+        stored(short, FLOATS[:15]),
+        stored(endless + end, FLOATS[:15]),
+        stored(b"\xff" * 20, b""),
+    ):
+        assert "data/0 inside it is damaged" in archive.refusal(bad)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_pieces_of_any_size_make_the_same_whole(
+    archive: Container, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(mapped, "CHUNK", size)
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        assert archive.read(zipped(GOOD, method=method))["t0"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("noise", "declared", "piece"), [(0, 500_000, 1000), (900_000, 900_010, 1 << 18)], ids=["zeros", "noise"]
+)
+def test_not_much_more_memory_is_taken_than_a_member_says(
+    archive: Container, monkeypatch: pytest.MonkeyPatch, noise: int, declared: int, piece: int
+) -> None:
+    """Not even if its 30 MB come in the second or in the last of the pieces that are read."""
+    monkeypatch.setattr(mapped, "CHUNK", piece)
+    hidden = random.Random(0).randbytes(noise) + bytes(30_000_000)
+    packed = zipped(hidden, method=zipfile.ZIP_DEFLATED)
+    packed = both(packed, entries(packed)[0], 24, struct.pack("<L", declared))
+    tracemalloc.start()
+    try:
+        assert "is damaged" in archive.refusal(packed)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (
+        most - piece < 2 * declared + 200_000
+    )  # the pieces and what is made of them, with some room to grow
 
 
 def test_weights_unpack_to_32_MB_more_than_16_times_the_file(archive: Container) -> None:
