@@ -252,7 +252,7 @@ def working(
 
 
 def _step(models: Models, run: Plan, rows: int, controls: Controls) -> None:
-    """All networks of a run see a batch once."""
+    """All networks of a run see a batch, twice: what stays of the first time is in the way of the second."""
     for one in _each(models):
         unet, (h, w) = one.unet, run.latent_shape[1:]
         config, dtype = unet.config, one.denoiser.dtype
@@ -271,7 +271,8 @@ def _step(models: Models, run: Plan, rows: int, controls: Controls) -> None:
             nets = [net for net in controls if isinstance(net, ControlNet)]  # adapters have run before
             prepared = [Prepared(net, net.features(hint), (1.0,) * (len(net.skips) + 1)) for net in nets]
             network = Controlled(unet, prepared)
-        network(x, t, context, y)
+        for _ in range(2):
+            network(x, t, context, y)
 
 
 def _decode(models: Models, run: Plan, way: Way) -> None:

@@ -103,28 +103,27 @@ class Ledger(TorchDispatchMode):
         kernel = weight.shape[2:]
         sides = zip(x.shape[2:], kernel, stride, padding, strict=True)
         shape = (len(x), len(weight), *((n + 2 * p - k) // s + 1 for n, k, s, p in sides))
-        beside: list[int] = []
-        result = 0
+        plain = self.fast and kernel == (3, 3) and stride[0] == 1
+        blocks: list[Block] = []
         if not self.on_cpu or max(kernel) == 1:
             pass  # a matrix product
-        elif self.fast and kernel == (3, 3) and stride[0] == 1 and winograd_pays(x, weight):
+        elif plain and winograd_pays(x, weight):
             key = weight.untyped_storage()._cdata
             if key not in self._transformed:
                 self._take(weight.nbytes * 36 // 9)
                 self._take(0 if self._transformed else BLOCK * x.itemsize)
                 self._transformed.add(key)
-            beside = [x.nbytes]  # in channels-last order
-        elif self.fast and kernel == (3, 3) and stride[0] == 1 and product_pays(x, weight):
-            beside = [x.nbytes, 9 * x.nbytes]  # with its margins; nine shifted copies
+            blocks = [self._take(x.nbytes)]  # in channels-last order
+        elif plain and product_pays(x, weight):
+            blocks = [self._take(x.nbytes), self._take(9 * x.nbytes)]  # with margins; nine shifted copies
         else:  # oneDNN works on copies in its own order: input, weight and result first, then two results
-            beside = [x.nbytes, weight.nbytes]
-            result = prod(shape) * x.itemsize
-        blocks = [self._take(size) for size in beside]
-        ordered = self._take(result)
+            ordered = [self._take(x.nbytes), self._take(weight.nbytes)]
+            blocks = [self._take(prod(shape) * x.itemsize)]
+            for block in ordered:
+                self._memory.give(block)
+        y = x.new_empty(shape)
         for block in blocks:
             self._memory.give(block)
-        y = x.new_empty(shape)
-        self._memory.give(ordered)
         return y
 
 

@@ -175,7 +175,7 @@ def test_planning_does_not_import_the_compiler():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
-@pytest.mark.parametrize("case", [Case(size=256), Case(size=512, strips=True)], ids=str)
+@pytest.mark.parametrize("case", [Case(size=256), Case(storage="float16")], ids=str)
 def test_the_prediction_is_true(case: Case):
     """The promise: within 15 %, as measured by `python -m benchmarks.memory` for larger cases."""
     predicted, measured = (in_process(case, None, predicting) for predicting in (True, False))
