@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import tracemalloc
@@ -193,6 +194,19 @@ def test_what_is_deflated_is_as_long_as_it_says(archive: Container) -> None:
         assert ("is damaged" if raw == GOOD else "15 bytes instead") in archive.refusal(shorter)
         wrong = both(packed, entry, 16, b"\1\2\3\4")
         assert "is damaged" in archive.refusal(wrong)
+
+
+@pytest.mark.parametrize("cores", [None, 1, 3])
+def test_damage_is_seen_by_however_many_threads(
+    archive: Container, monkeypatch: pytest.MonkeyPatch, cores: int | None
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(zip_reader, "WORTH_A_THREAD", 1000)
+    whole = zipped(GOOD, {"data/0": FLOATS, **{f"x{i}": bytes([i]) * 1000 for i in range(5)}})
+    assert archive.read(whole)["t0"].tolist() == [1, 2, 3, 4]
+    for i in range(5):
+        at = whole.index(bytes([i]) * 1000)
+        assert f"x{i} inside it is damaged" in archive.refusal(patched(whole, at, b"x"))
 
 
 def test_a_deflated_stream_is_whole_and_fills_its_member(archive: Container) -> None:
