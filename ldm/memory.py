@@ -42,6 +42,9 @@ from ldm.vae import VAEConfig
 FIXED = 290 * 2**20
 """Bytes of a process that has drawn the smallest picture, without weights: Python, torch, a tokenizer."""
 
+ON_A_CARD = 150 * 2**20
+"""The same of a graphics card: scratch memory of its libraries. An estimate, not measured."""
+
 TOKENS = 77  # in a prompt; more of them take little
 USUAL = Limits()
 Controls = Sequence[ControlNet | Adapter]
@@ -180,7 +183,7 @@ def free(device: torch.device) -> int:
     Raises RequestError where the system does not tell.
     """
     try:
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.cuda.is_available():
             return torch.cuda.mem_get_info(device)[0]
         if device.type == "cpu":
             available = _kilobytes("/proc/meminfo", "MemAvailable")
@@ -211,11 +214,12 @@ def predict(
     blocks = way.lowvram == "blocks"
     sizes = [_bytes(unit) for network in networks for unit in offload.units(network, blocks=blocks)]
     vae = _bytes(autoencoder(models))
+    fixed = FIXED if torch.device(way.device).type == "cpu" else ON_A_CARD
     if way.lowvram is not None:
-        return FIXED + max(max(sizes) + steps, vae + pixels)
+        return fixed + max(max(sizes) + steps, vae + pixels)
     # When the last weight is read, its pages of the file count, too.
     last = max(w.nbytes for network in networks for w in network.parameters())
-    return FIXED + sum(sizes) + vae + max(steps, pixels, last)
+    return fixed + sum(sizes) + vae + max(steps, pixels, last)
 
 
 def working(
@@ -231,6 +235,11 @@ def working(
     rows = _rows(models, request, run)
     rows = min(rows, way.limits.rows or rows)
     last = run.second or run
+    if hires and run.second is None and hires.upscaler in LATENT_MODES:  # strength 0: only enlarged
+        width, height = hires.size(run.width, run.height, planning.step_of_sizes(models, request))
+        factor = autoencoder(models).config.factor
+        shape = (run.latent_shape[0], height // factor, width // factor)
+        last = replace(run, width=width, height=height, latent_shape=shape)
     ledger = Ledger(torch.device(way.device), fast=way.fast)
     with torch.no_grad(), ledger:
         steps, pixels = [], []

@@ -99,6 +99,8 @@ def test_all_that_a_run_does_is_counted():
     hires = replace(REQUEST, hires=ldm.Hires(upscaler="Lanczos"))
     larger = replace(REQUEST, width=1024, height=1024)
     assert memory.working(models, hires, way) == memory.working(models, larger, way) > (steps, pixels)
+    enlarged = replace(REQUEST, hires=ldm.Hires(strength=0))
+    assert memory.working(models, enlarged, way) == (steps, memory.working(models, larger, way)[1])
     batch = replace(REQUEST, batch_size=3)
     assert memory.working(models, batch, way)[0] > 2.5 * steps
     assert memory.working(models, batch, way)[1] == pixels  # they are decoded one by one
@@ -145,6 +147,11 @@ def test_loaded_models_are_told_how_to_run(file: Path):
     with pytest.raises(ldm.RequestError):
         ldm.plan(models, request, budget=bytes_of(models))
     assert ldm.plan(models, request).budget > roomy.needs  # what is free here
+
+
+def test_what_the_system_does_not_tell_must_be_said(file: Path):
+    with pytest.raises(ldm.RequestError, match="free on mps is not known here; give a budget"):
+        ldm.plan(file, REQUEST, device="mps")
 
 
 def test_models_that_are_offloaded_stay_where_they_are(file: Path):
