@@ -10,10 +10,10 @@ Tests that measure time or the memory of the process are left out: what they see
 Of 1302 mutants 19 remain, on 2026-11-21. They mean the same, or differ in speed alone:
 
 - zip_reader, WORTH_A_THREAD (3) and `workers` (4): how many threads compute checksums.
-- zip_reader, `0xFFFF` and `at + 1` in the search for the end (2): a byte more to look at, or one less, in which no
-  end that counts can begin; `at >= 0` to `at >= -1` (1): a slice from -1 is empty.
-- zip_reader, `at + CENTRAL.size > end` (1) and `at + 4 <= len(extra)` (2): an entry needs a name, a field a number,
-  so that one which ends just there is refused by the next check.
+- zip_reader, `0xFFFF` and `at + 1` in the search for the end (2): one byte more to look at, or one less, in
+  which no end that counts can begin; `at >= 0` to `at >= -1` (1): a slice from -1 is empty.
+- zip_reader, `at + CENTRAL.size > end` (1) and `at + 4 <= len(extra)` (2): an entry needs a name, a field a
+  number, so that one which ends just there is refused by the next check.
 - zip_reader, `member.size + 1 - len(raw)` (1): a second byte too many before the member is refused.
 - pickle_reader, `end < 0` (2): no line begins at byte 0 of a pickle.
 - `zip(strict=True)` in all three places (3): the lengths are known to be equal.
