@@ -128,7 +128,7 @@ def test_what_makes_layers_faster_is_counted():
 def test_a_budget_is_met_in_the_fastest_way(file: Path):
     request = replace(REQUEST, batch_size=4)
     needs = [predicted(file, way, request) for way in memory.ways("cpu")]
-    for budget in (2**40, max(needs) - 1, min(needs)):
+    for budget in (max(needs) - 1, min(needs)):
         found = ldm.plan(file, request, budget=budget)
         fitting = [(way, need) for way, need in zip(memory.ways("cpu"), needs, strict=True) if need <= budget]
         assert (found.way, found.needs) == fitting[0]
@@ -182,10 +182,9 @@ def test_planning_does_not_import_the_compiler():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
-@pytest.mark.parametrize("case", [Case(size=256), Case(storage="float16")], ids=str)
-def test_the_prediction_is_true(case: Case):
-    """The promise: within 15 %, as measured by `python -m benchmarks.memory` for larger cases."""
-    predicted, measured = (in_process(case, None, predicting) for predicting in (True, False))
+def test_the_prediction_is_true():
+    """The promise is 15 %; `python -m benchmarks.memory` holds larger cases to it."""
+    predicted, measured = (in_process(Case(size=256), None, predicting) for predicting in (True, False))
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
