@@ -230,7 +230,6 @@ def test_every_function_is_retold(modules: str, names: str, cases: list[tuple[tu
         ("torch", "device", ("cuda", "1")),
         ("torch", "device", (1,)),
     ],
-    ids=repr,
 )
 def test_a_misused_function_is_refused(module: str, attribute: str, args: tuple) -> None:
     with pytest.raises(CheckpointError, match="in a way that no weight file does"):
