@@ -1,7 +1,7 @@
 """How much memory a run will take, told before anything is loaded, and how to make it fit.
 
     plan = ldm.plan("v1-5-pruned-emaonly.safetensors", request, budget=4 * 2**30)
-    print(plan)  # 3.3 of 4.0 GB: UNet and VAE hold weights in float16
+    print(plan)  # 3.4 of 4.0 GB: weights in float16 on cpu
     models = plan.load("v1-5-pruned-emaonly.safetensors")
 
 The run is rehearsed (rehearsal.py): the file's networks are built without their weights, called in the order
