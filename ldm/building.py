@@ -9,7 +9,7 @@ import mmap
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,19 +54,20 @@ class Destination:
     dtype: torch.dtype = torch.float32
     storage: torch.dtype | None = None
     """The dtype to hold the large weights in (ldm.storage); None: in `dtype`, like the others."""
-    release: Callable[[Tensor], None] | None = None
-    """Told of each weight that was copied and is not needed any more, see WeightFile.release."""
+    read_once: Callable[[Tensor], AbstractContextManager[object]] = nullcontext
+    """Around the copying of each weight, see WeightFile.read_once."""
 
     def bring(self, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """The weight on the device in this dtype, the very same tensor if it is so already; is it finite?"""
-        if self.device.type == "cpu" and w.dtype != dtype:
-            new, finite = converted(w, dtype)
-        else:
+        if self.device.type == "meta":
+            return w.to(self.device, dtype), True
+        if (w.device, w.dtype) == (self.device, dtype):
+            return w, _is_finite(w)
+        with self.read_once(w):
+            if self.device.type == "cpu":
+                return converted(w, dtype)
             new = w.to(self.device, dtype)
-            finite = _is_finite(new)
-        if self.release and new is not w:
-            self.release(w)
-        return new, finite
+            return new, _is_finite(new)
 
 
 def converted(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -100,8 +101,6 @@ def _blank(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap | N
 
 def _is_finite(w: Tensor) -> bool:
     """Sums tell of all numbers: those of pieces, as torch makes float32 of all that it adds up."""
-    if w.is_meta:
-        return True
     pieces = w.reshape(-1).split(PIECE)
     return all(math.isfinite(piece.to(torch.float32).sum().item()) for piece in pieces)
 

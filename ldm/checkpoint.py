@@ -78,7 +78,7 @@ def load(
         dtype = torch.float16 if device.type == "cuda" else torch.float32
 
     file = read(source)
-    to = Destination(device, dtype, storage, file.release)
+    to = Destination(device, dtype, storage, file.read_once)
     weights = normalised(file)
     if ema:
         weights = _with_averages(weights, source)
@@ -124,7 +124,7 @@ def load_vae(
     """
     file = read(path)
     inside = strip(file.tensors, VAE)
-    to = Destination(torch.device(device), release=file.release)
+    to = Destination(torch.device(device), read_once=file.read_once)
     try:
         loaded = _vae(inside or file.tensors, scale, to)
     except CheckpointError as error:

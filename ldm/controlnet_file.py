@@ -60,7 +60,7 @@ def load_controlnet(
     weights = file.tensors
     joins = device is None and offload.is_offloaded(models.unet)
     device = torch.device("cpu") if joins else models.device if device is None else torch.device(device)
-    to = Destination(device, dtype or models.denoiser.dtype, release=file.release)
+    to = Destination(device, dtype or models.denoiser.dtype, read_once=file.read_once)
     try:
         if t2i_adapter.is_adapter(weights):
             weights = t2i_adapter.original_names(weights)

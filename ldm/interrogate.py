@@ -91,7 +91,7 @@ def load_clip(
     Raises CheckpointError if the file is no such model, or is damaged.
     """
     path, file = Path(path), read(path)
-    weights, to = file.tensors, Destination(torch.device(device), release=file.release)
+    weights, to = file.tensors, Destination(torch.device(device), read_once=file.read_once)
     visual = {n.removeprefix("visual."): w for n, w in weights.items() if n.startswith("visual.")}
     if visual:
         named = to_hf({n: w for n, w in weights.items() if not n.startswith("visual.")})

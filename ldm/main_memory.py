@@ -16,6 +16,9 @@ except ImportError:  # Windows, which promises only what it has
     resource = None
 
 
+SYSTEM, STATUS = "/proc/meminfo", "/proc/self/status"
+
+
 @contextmanager
 def bounded(device: torch.device) -> Iterator[None]:
     """Within the block, this process can have no more main memory than is free now.
@@ -37,17 +40,25 @@ def bounded(device: torch.device) -> Iterator[None]:
 
 
 def _limit() -> int | None:
-    """The bytes of its own that this process has, and those that are free; None: the system does not tell."""
+    """The bytes of its own that this process may have; None: the system does not tell."""
+    found = free()
+    return None if found is None else _fields(STATUS)["VmData"] + found + _fields(SYSTEM)["SwapFree"]
+
+
+def free() -> int | None:
+    """The bytes that this process could have beside those it has; None: the system does not tell."""
     with suppress(OSError, KeyError, ValueError):
-        system, own = _fields("/proc/meminfo"), _fields("/proc/self/status")
-        free = system["MemAvailable"]
-        most, used = (
-            Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current")
-        )  # of a container
-        if most.exists() and (text := most.read_text().strip()) != "max":
-            free = min(free, int(text) - int(used.read_text()))
-        return own["VmData"] + free + system["SwapFree"]
+        found = _fields(SYSTEM)["MemAvailable"]
+        most, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+        if most.exists() and (text := most.read_text().strip()) != "max":  # of a container
+            found = min(found, int(text) - int(used.read_text()))
+        return found
     return None
+
+
+def resident() -> int:
+    """The bytes of main memory that this process has. Raises OSError where the system does not tell."""
+    return _fields(STATUS)["VmRSS"]
 
 
 def _fields(path: str) -> dict[str, int]:

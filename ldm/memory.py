@@ -10,15 +10,15 @@ and in the sizes of the run, and every tensor is counted. docs/memory.md compare
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ldm import offload, planning, tiled_vae
+from ldm import main_memory, offload, planning, tiled_vae
 from ldm.checkpoint import load
 from ldm.controlnet import Controlled, ControlNet, Prepared
 from ldm.controlnet_file import load_controlnet
@@ -182,23 +182,12 @@ def free(device: torch.device) -> int:
 
     Raises RequestError where the system does not tell.
     """
-    try:
-        if device.type == "cuda" and torch.cuda.is_available():
+    if device.type == "cuda":
+        with suppress(RuntimeError, AssertionError):  # no card, or torch without CUDA
             return torch.cuda.mem_get_info(device)[0]
-        if device.type == "cpu":
-            available = _kilobytes("/proc/meminfo", "MemAvailable")
-            limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-            if limit.exists() and (most := limit.read_text().strip()) != "max":
-                available = min(available, int(most) - int(used.read_text()))
-            return available + _kilobytes("/proc/self/status", "VmRSS")
-    except (OSError, StopIteration):
-        pass
+    elif device.type == "cpu" and (found := main_memory.free()) is not None:
+        return found + main_memory.resident()
     raise RequestError(f"how much memory is free on {device} is not known here; give a budget")
-
-
-def _kilobytes(path: str, field: str) -> int:
-    lines = Path(path).read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def predict(

@@ -41,7 +41,7 @@ def test_a_number_that_overflows_on_the_way_is_seen() -> None:
 def test_a_weight_in_the_right_dtype_is_not_copied(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "w.safetensors", {"w": torch.ones(9)})
     file = read(tmp_path / "w.safetensors")
-    to = Destination(CPU, torch.float32, release=lambda w: pytest.fail("nothing was copied"))
+    to = Destination(CPU, torch.float32, read_once=lambda w: pytest.fail("nothing is copied"))
     assert to.bring(file.tensors["w"], torch.float32) == (file.tensors["w"], True)
 
 
@@ -51,7 +51,7 @@ def test_the_pages_of_a_file_are_given_back_once_converted(tmp_path: Path) -> No
     path = tmp_path / "w.safetensors"
     write_safetensors(path, weights)
     file = read(path)
-    to = Destination(CPU, torch.float32, release=file.release)
+    to = Destination(CPU, torch.float32, read_once=file.read_once)
     kept = {name: to.bring(w, torch.float32)[0] for name, w in file.tensors.items()}
     # What remains, of 8 MB, are pages around the ends of each weight: a page fault brings in 16 or so.
     assert resident(path) < 2**20
@@ -71,7 +71,7 @@ def resident(path: Path) -> int:
 
 def test_a_tensor_from_elsewhere_is_left_alone(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "w.safetensors", {"w": torch.ones(5000)})
-    file = read(tmp_path / "w.safetensors")
     other = torch.full((5000,), 2.0)
-    file.release(other)
+    with read(tmp_path / "w.safetensors").read_once(other):
+        assert bool((other == 2).all())
     assert bool((other == 2).all())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,13 @@ class WeightFile:
     tensors: by flat name, dtypes as stored. They share a private memory map of the file where its layout
     allows: loading costs no second copy, and writing to them never changes the file. metadata:
     `__metadata__` of a safetensors file; epoch, global_step and version of a Lightning checkpoint.
-    release: gives back the memory of a tensor that will hardly be read again, see MappedFile.release.
+    read_once: around the copying of a tensor, saves time and memory, see MappedFile.read_once.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    release: Callable[[Tensor], None]
+    read_once: Callable[[Tensor], AbstractContextManager[None]]
 
 
 def read(path: str | os.PathLike[str]) -> WeightFile:
@@ -82,7 +82,7 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
     path = Path(path)
     with _naming(path), MappedFile(path) as file:
         tree, metadata = _load(path, file)
-        return WeightFile(path, _flat(tree), metadata, file.release)
+        return WeightFile(path, _flat(tree), metadata, file.read_once)
 
 
 def read_tree(path: str | os.PathLike[str]) -> Any:

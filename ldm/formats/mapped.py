@@ -5,8 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from ldm.errors import CheckpointError
 CHUNK = 1 << 18  # bytes held while a file is read from end to end
 PREAD = hasattr(os, "pread")  # Windows has none
 RELEASE = hasattr(mmap, "MADV_DONTNEED")  # nor this
+POPULATE_READ = 22  # Linux' MADV_POPULATE_READ (5.14, 2021), for which mmap has no name
 
 
 def printable(text: str, limit: int = 60) -> str:
@@ -107,16 +110,20 @@ class MappedFile:
             done += len(piece)
         return copy.view(dtype)
 
-    def release(self, tensor: Tensor) -> None:
-        """Give the memory under a tensor of this file back to the system, as far as it fills pages.
+    @contextmanager
+    def read_once(self, tensor: Tensor) -> Iterator[None]:
+        """While a tensor of this file is copied: all its pages come in at once, and are given back after it.
 
-        Read again, it comes from the file again, so that changes made to the tensor are lost.
+        Changes made to the tensor are lost then: it is read from the file again.
         """
         storage = tensor.untyped_storage()
         start = storage.data_ptr() - torch.frombuffer(self.data, dtype=torch.uint8, count=1).data_ptr()
-        if not RELEASE or not 0 <= start < self.size:  # it was misaligned, and copied
-            return
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (start + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last:
-            self.data.madvise(mmap.MADV_DONTNEED, first, last - first)
+        size = (start + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        inside = 0 <= start < self.size and size > 0  # a misaligned tensor was copied
+        if inside and sys.platform == "linux":
+            with suppress(OSError):  # an older system takes the page faults
+                self.data.madvise(POPULATE_READ, first, size)
+        yield
+        if inside and RELEASE:
+            self.data.madvise(mmap.MADV_DONTNEED, first, size)
