@@ -20,17 +20,18 @@ CACHE = str(Path(tempfile.gettempdir()) / "ldm-benchmark-bytecode")
 
 
 def process(command: Sequence[str]) -> dict[str, float]:
-    """What a command took: seconds, and its largest memory in MB."""
+    """What a command took: seconds, and its largest memory in MB; and what it says itself, see CLOCK."""
     # Bytecode is kept as in any installation, but not in this checkout; nor is a package of this folder, ldm
     # above all, in the way of a peer's.
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")}
     env["PYTHONPYCACHEPREFIX"] = CACHE
     folder = ROOT if command[0] == sys.executable else FOLDER
     start = time.perf_counter()
-    child = subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(child.pid, 0)
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        said.seek(0)
+        own = [line.split()[1:] for line in said if line.startswith(MARK)]
     if status != 0:
         raise RuntimeError(f"failed: {' '.join(command)}")
     rss = usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
@@ -38,7 +39,24 @@ def process(command: Sequence[str]) -> dict[str, float]:
         "cpu": usage.ru_utime + usage.ru_stime,
         "wall": time.perf_counter() - start,
         "MB": rss,
+        **({"load cpu": float(own[-1][0]), "load wall": float(own[-1][1])} if own else {}),
     }
+
+
+MARK = "benchmark:"
+
+CLOCK = """
+import time
+cpu, wall = time.process_time(), time.perf_counter()
+{}
+print("\\n" + "{}", time.process_time() - cpu, time.perf_counter() - wall)
+"""
+"""Around a part of a program: it tells its seconds."""
+
+
+def clocked(imports: str, work: str) -> str:
+    """A program that tells the time of its work without that of its imports."""
+    return imports + CLOCK.format(work, MARK)
 
 
 def processes(rounds: int, rivals: Mapping[str, Sequence[str]], *, memory: int = 0) -> dict[str, Any]:
@@ -71,7 +89,9 @@ sys.modules["torchvision"] = None
 from diffusers import StableDiffusionPipeline
 """
 
-OUR_LOAD = "import sys, ldm; ldm.load(sys.argv[1])"
+OUR_LOADERS = "import sys, ldm"
+
+OUR_LOAD = "ldm.load(sys.argv[1])"
 
 THEIR_LOADERS = """
 import sys, torch
@@ -98,29 +118,19 @@ text = CLIPTextModel.from_pretrained(f"{sys.argv[1]}/text_encoder", dtype=torch.
 def load(setting: Setting) -> dict[str, Any]:
     """A file of half precision into float32; diffusers also from its own layout, a folder for each network.
 
-    Imports count, but not in `load cpu` and `load wall`.
+    Imports and the end of a process count, but not in `load cpu` and `load wall`.
     """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "benchmarks.speed", "--write", folder], cwd=ROOT, check=True)
         ours, file = (sys.executable, "-c"), f"{folder}/model.safetensors"
         commands = {
-            "torch": (*ours, "import torch"),
-            "plain import": (*ours, "import ldm"),
-            "plain": (*ours, OUR_LOAD, file),
-            "diffusers import": (*ours, THEIR_LOADERS),
-            "diffusers": (*ours, THEIR_LOADERS + THEIR_LOAD, folder),
-            "diffusers, folders": (*ours, THEIR_LOADERS + THEIR_LOAD_OF_FOLDERS, folder),
+            "plain": (*ours, clocked(OUR_LOADERS, OUR_LOAD), file),
+            "diffusers": (*ours, clocked(THEIR_LOADERS, THEIR_LOAD), folder),
+            "diffusers, folders": (*ours, clocked(THEIR_LOADERS, THEIR_LOAD_OF_FOLDERS), folder),
         }
-        loaders = [name for name in present() if PEERS[name].load]
-        for name in loaders:
-            imports = PEERS[name].imports
-            commands[f"{name} import"] = (python(name), "-c", imports)
-            commands[name] = (python(name), "-c", imports + PEERS[name].load, file)
-        figures = processes(setting.rounds, commands, memory=7 * 10**9)
-    for name in ("plain", "diffusers", "diffusers, folders", *loaders):
-        both = figures[name], figures[f"{name.partition(',')[0]} import"]
-        figures[name] |= {f"load {key}": both[0][key] - both[1][key] for key in ("cpu", "wall")}
-    return figures
+        for name in (name for name in present() if PEERS[name].load):
+            commands[name] = (python(name), "-c", clocked(PEERS[name].imports, PEERS[name].load), file)
+        return processes(setting.rounds, commands, memory=7 * 10**9)
 
 
 def write(folder: Path) -> None:
