@@ -77,7 +77,8 @@ def savings(run: Plan) -> Iterator[str]:
     if request.reuse > 1:
         yield f"the UNet's deep features in 1 of {request.reuse} evaluations"
     if request.token_merging > 0:
-        where = f"on maps down to 1/{request.token_merging_downsample} of the latent's size"
+        least = request.token_merging_downsample
+        where = "on maps of the latent's size" + (f" down to 1/{least} of it" if least > 1 else "")
         yield f"self-attention with {request.token_merging:.0%} of the tokens merged, {where}"
 
 

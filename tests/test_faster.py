@@ -217,7 +217,7 @@ def test_an_explanation_tells_what_is_left_out():
     assert told[:3] == [
         "less work: guidance in 7 of 10 steps",
         "less work: the UNet's deep features in 1 of 3 evaluations",
-        "less work: self-attention with 50% of the tokens merged, on maps down to 1/1 of the latent's size",
+        "less work: self-attention with 50% of the tokens merged, on maps of the latent's size",
     ]
     assert told[-1].startswith("second pass, less work: self-attention with 25% of the tokens")
     assert "less work" not in str(ldm.explain(tiny("sd1"), GUIDED))
