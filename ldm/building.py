@@ -39,7 +39,7 @@ DROPPED = (
 
 _DROP = re.compile("|".join(pattern for pattern, _ in DROPPED))
 
-PIECE = 2**18  # numbers that are converted at a time: 1 MB, which caches hold
+PIECE = 2**16  # numbers that are converted at a time: 256 KB, which the nearest caches hold
 LARGE = 2**20  # bytes from which on a weight gets pages of its own, as torch's own allocator does
 POPULATE = 23  # Linux' MADV_POPULATE_WRITE (5.14, 2021), for which mmap has no name
 
@@ -83,7 +83,7 @@ def converted(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
             with suppress(OSError):  # an older system takes the page faults
                 pages.madvise(POPULATE, position, target.nbytes)
             position += target.nbytes
-        finite = _is_finite(target.copy_(source)) and finite
+        finite = _adds_up(target.copy_(source)) and finite
     return new, finite
 
 
@@ -100,9 +100,16 @@ def _blank(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap | N
 
 
 def _is_finite(w: Tensor) -> bool:
-    """Sums tell of all numbers: those of pieces, as torch makes float32 of all that it adds up."""
-    pieces = w.reshape(-1).split(PIECE)
-    return all(math.isfinite(piece.to(torch.float32).sum().item()) for piece in pieces)
+    """Whether no number of a weight is NaN or infinite, looked at piece by piece."""
+    return all(_adds_up(piece) for piece in w.reshape(-1).split(PIECE))
+
+
+def _adds_up(piece: Tensor) -> bool:
+    """A NaN or an infinity anywhere shows in the sum, which is the cheapest way to look at all numbers.
+
+    In float32: in float16 the sum itself may overflow.
+    """
+    return math.isfinite(piece.to(torch.float32).sum().item())
 
 
 class _Blank(TorchFunctionMode):
