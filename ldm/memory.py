@@ -9,7 +9,7 @@ and in the sizes of the run, and every tensor is counted. docs/memory.md compare
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -23,7 +23,7 @@ from ldm.checkpoint import load
 from ldm.controlnet import Controlled, ControlNet, Prepared
 from ldm.controlnet_file import load_controlnet
 from ldm.denoise import Network
-from ldm.errors import RequestError
+from ldm.errors import LdmError, RequestError
 from ldm.families import Concat
 from ldm.guidance import needs_negative
 from ldm.hires import LATENT_MODES
@@ -48,6 +48,7 @@ ON_A_CARD = 150 * 2**20
 TOKENS = 77  # in a prompt; more of them take little
 USUAL = Limits()
 Controls = Sequence[ControlNet | Adapter]
+Run = tuple[Request, Inputs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +127,45 @@ def plan(
     Raises RequestError if there is no way, with the least that is needed; also what `ldm.load` and
     `ldm.txt2img` raise.
     """
+    return plan_all(
+        what,
+        lambda _: [(request, inputs)],
+        budget=budget,
+        device=device,
+        fast=fast,
+        controls=controls,
+        **options,
+    )
+
+
+def plan_all(
+    what: Models | str | os.PathLike[str] | None,
+    runs: Callable[[Models], Iterable[Run]],
+    *,
+    budget: int | None = None,
+    device: torch.device | str = "cpu",
+    fast: bool = False,
+    controls: Sequence[str | os.PathLike[str]] = (),
+    **options: Any,
+) -> MemoryPlan:
+    """The same for several runs, one after another: each must fit.
+
+    runs: what they are, told the models without weights, as sizes may depend on them.
+    """
     device = what.device if isinstance(what, Models) else torch.device(device)
     budget = free(device) if budget is None else budget
+    found: list[Run] = []
     least = None
     for way in ways_of(what) if isinstance(what, Models) else ways(str(device), fast=fast):
         if isinstance(what, Models):
             models = blank(what)
         else:
             models = load(what, device=META, dtype=way.dtype, storage=way.storage, **options)
-        nets = [blank_module(one.network) for one in inputs.controls]
-        nets += [load_controlnet(path, models) for path in controls]
-        needs = predict(models, request, way, inputs, nets)
+        found = found or largest(models, runs(models))
+        named = [load_controlnet(path, models) for path in controls]
+        needs = max(
+            predict(models, request, way, inputs, [*_hinted(inputs), *named]) for request, inputs in found
+        )
         if needs <= budget:
             return MemoryPlan(way, needs, budget)
         least = min(needs, least or needs)
@@ -144,6 +173,36 @@ def plan(
         f"this needs {(least or 0) / 2**30:.1f} GB of memory at least, there is {budget / 2**30:.1f}; "
         "try a smaller picture or batch"
     )
+
+
+def _hinted(inputs: Inputs) -> Controls:
+    return [blank_module(one.network) for one in inputs.controls]
+
+
+def largest(models: Models, runs: Iterable[Run]) -> list[Run]:
+    """Those runs of which no other one is larger, or as large, in every respect.
+
+    A run that does not fit the models is left out: it says so itself, when its turn comes. If none fits,
+    the first one's LdmError is raised.
+    """
+    kept: list[tuple[Hashable, Sequence[int], Run]] = []
+    failed: LdmError | None = None
+    for request, inputs in runs:
+        try:
+            kind, sizes = _extent(models, request, inputs)
+        except LdmError as error:
+            failed = failed or error
+            continue
+        if not any(kind == other and _within(sizes, more) for other, more, _ in kept):
+            kept = [one for one in kept if one[0] != kind or not _within(one[1], sizes)]
+            kept.append((kind, sizes, (request, inputs)))
+    if not kept:
+        raise failed or RequestError("there is nothing to draw")
+    return [run for _, _, run in kept]
+
+
+def _within(sizes: Sequence[int], more: Sequence[int]) -> bool:
+    return all(one <= other for one, other in zip(sizes, more, strict=True))
 
 
 def ways(device: str, *, fast: bool = False) -> Iterator[Way]:
@@ -218,17 +277,9 @@ def working(
 
     On a CPU the second ones hold what the heap keeps of the first ones. Arguments as of `predict`.
     """
-    hires = request.hires and replace(request.hires, prompt="", negative_prompt="")
-    # What the words name need not be there yet.
-    run = planning.plan(models, replace(request, prompt="", negative_prompt="", hires=hires), inputs)
+    hires, (run, last) = request.hires, _passes(models, request, inputs)
     rows = _rows(models, request, run)
     rows = min(rows, way.limits.rows or rows)
-    last = run.second or run
-    if hires and run.second is None and hires.upscaler in LATENT_MODES:  # strength 0: only enlarged
-        width, height = hires.size(run.width, run.height, planning.step_of_sizes(models, request))
-        factor = autoencoder(models).config.factor
-        shape = (run.latent_shape[0], height // factor, width // factor)
-        last = replace(run, width=width, height=height, latent_shape=shape)
     ledger = Ledger(torch.device(way.device), fast=way.fast)
     with torch.no_grad(), ledger:
         steps, pixels = [], []
@@ -247,6 +298,26 @@ def working(
         _decode(models, last, way)
         pixels.append(ledger.turn())
     return max(steps), max(pixels)
+
+
+def _extent(models: Models, request: Request, inputs: Inputs) -> tuple[Hashable, Sequence[int]]:
+    """What decides the memory of a run: a kind, and numbers with which it grows."""
+    run, last = _passes(models, request, inputs)
+    sizes = _rows(models, request, run), run.width, run.height, last.width, last.height
+    return (request.hires and request.hires.upscaler, inputs.picture is None, inputs.controls), sizes
+
+
+def _passes(models: Models, request: Request, inputs: Inputs) -> tuple[Plan, Plan]:
+    """A run, and what is decoded in the end: of its second pass, or enlarged without one."""
+    hires = request.hires and replace(request.hires, prompt="", negative_prompt="")
+    # What the words name need not be there yet.
+    run = planning.plan(models, replace(request, prompt="", negative_prompt="", hires=hires), inputs)
+    if hires is None or run.second is not None or hires.upscaler not in LATENT_MODES:
+        return run, run.second or run
+    width, height = hires.size(run.width, run.height, planning.step_of_sizes(models, request))
+    factor = autoencoder(models).config.factor
+    shape = (run.latent_shape[0], height // factor, width // factor)
+    return run, replace(run, width=width, height=height, latent_shape=shape)
 
 
 def _step(models: Models, run: Plan, rows: int, controls: Controls) -> None:

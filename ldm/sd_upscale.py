@@ -77,8 +77,8 @@ def tiles(
     if request.batch_size != 1 or request.hires is not None or request.tiling:
         raise RequestError("tiles are drawn one at a time, without a second pass and not as textures")
     factor = autoencoder(models).config.factor
-    sides = [max(int(side * scale / factor), 1) * factor for side in inputs.picture.size]
-    image = enlarged(opaque(inputs.picture), upscaler, sides[0], sides[1], progress)
+    width, height = whole_size(models, inputs.picture.size, scale)
+    image = enlarged(opaque(inputs.picture), upscaler, width, height, progress)
     tile = (request.height or models.default_size, request.width or models.default_size)
     overlap = min(8 * factor, min(tile) // 2) if overlap is None else overlap
     places = grid(image.height, image.width, tile, overlap)
@@ -103,6 +103,13 @@ def tiles(
         "SD upscale upscaler": upscaler.name,
     }
     return Tiles(image, places, runs, infotext(run.settled, models, run.networks.hashes, about))
+
+
+def whole_size(models: Models, size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(width, height) of an enlarged picture."""
+    factor = autoencoder(models).config.factor
+    width, height = (max(int(side * scale / factor), 1) * factor for side in size)
+    return width, height
 
 
 def chosen(info: Infotext) -> tuple[str, float, int]:

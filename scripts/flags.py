@@ -9,7 +9,7 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +17,7 @@ import streams
 
 if TYPE_CHECKING:
     from ldm import Control, Hires, Models, Request
+    from ldm.memory import Run
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,18 +192,25 @@ def request(a: argparse.Namespace, prompt: str = "", **more: Any) -> Request:
 
 
 def check(a: argparse.Namespace) -> None:
-    """Raise RequestError if a file or folder that a flag names does not exist."""
+    """Raise RequestError if a file or folder that a flag names does not exist, or flags contradict."""
+    from ldm import RequestError
     from ldm.controlnet_file import BUILT_IN
+
+    against = ("dtype", "storage", "lowvram", "refiner", "from_picture")
+    if a.budget is not None and any(getattr(a, name, None) for name in against):
+        raise RequestError(
+            "--budget goes without --dtype, --storage, --lowvram, --refiner and --from-picture"
+        )
 
     exist(a.ckpt, a.vae, a.vocabulary, a.refiner)
     exist(*(path for pair in a.control for path in pair if str(path) not in BUILT_IN))
     exist_folders(a.lora_dir, a.embeddings_dir, a.hypernetwork_dir, getattr(a, "upscalers_dir", None))
 
 
-def models(a: argparse.Namespace, requests: Sequence[Request] = ()) -> Models:
+def models(a: argparse.Namespace, runs: Callable[[Models], Iterable[Run]]) -> Models:
     """Load what the flags of `groups.add_model`, `groups.add_words` and `groups.add_leading` name.
 
-    requests: for --budget, what will be drawn.
+    runs: for --budget, what will be drawn, see `ldm.memory.plan_all`.
     """
     from dataclasses import replace
 
@@ -211,6 +219,7 @@ def models(a: argparse.Namespace, requests: Sequence[Request] = ()) -> Models:
     import ldm
     from ldm import cli
     from ldm.compiled import fast
+    from ldm.memory import plan_all
     from ldm.offload import offloaded
 
     device, dtype = cli.device(a.device), getattr(torch, a.dtype) if a.dtype else None
@@ -229,13 +238,10 @@ def models(a: argparse.Namespace, requests: Sequence[Request] = ()) -> Models:
         "vocabulary": a.vocabulary,
         "library": library,
     }
-    if requests and getattr(a, "budget", None) is not None:
-        if a.dtype or a.storage or a.lowvram or a.refiner:
-            raise ldm.RequestError("--budget goes without --dtype, --storage, --lowvram and --refiner")
-        largest = max(requests, key=lambda r: (r.width or 0) * (r.height or 0) * r.batch_size)
-        plan = ldm.plan(
+    if a.budget is not None:
+        plan = plan_all(
             a.ckpt,
-            largest,
+            runs,
             budget=a.budget or None,
             device=device,
             fast=a.fast,

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,9 +152,12 @@ def draw(a: argparse.Namespace) -> int:
     folder.mkdir(exist_ok=True)
 
     def load(checkpoint: Path | None) -> tuple[Models, Inputs]:
-        models = flags.models(argparse.Namespace(**(vars(a) | {"ckpt": checkpoint or a.ckpt})))
         picture, mask, depth = (path and read_picture(path) for path in (a.picture, a.mask, a.depth))
-        return models, Inputs(picture, mask, depth, flags.controls(a, models))
+        inputs = Inputs(picture, mask, depth)
+        own = [cell for cell in todo.cells if isinstance(cell, cells.Cell) and cell.checkpoint == checkpoint]
+        chosen = argparse.Namespace(**(vars(a) | {"ckpt": checkpoint or a.ckpt}))
+        models = flags.models(chosen, lambda _: [(cell.request, inputs) for cell in own])
+        return models, replace(inputs, controls=flags.controls(a, models))
 
     outcomes = cells.draw(todo, load, folder)
     if outcomes is None:

@@ -92,10 +92,7 @@ def add_model(p: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--vocabulary", type=Path, metavar="FILE", help="BERT's vocab.txt, for text2image-large"
     )
-
-
-def add_budget(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
+    model.add_argument(
         "--budget",
         type=_bytes,
         metavar="4GB",

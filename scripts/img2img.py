@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped flag a
     from PIL.Image import Image
 
     from ldm.cli import Job
+    from ldm.memory import Run
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -63,12 +66,19 @@ def run(a: argparse.Namespace) -> int:
     pictures = flags.pictures([a.picture])
     output = cli.Output(a.out, a.overwrite)
     output.prepare(len(pictures) * a.batch_size)
-    models = flags.models(a)
-    depth = ldm.read_picture(a.depth) if a.depth else None
-    controls = flags.controls(a, models)
+    shared = ldm.Inputs(depth=ldm.read_picture(a.depth) if a.depth else None)
 
     def inputs(path: Path) -> ldm.Inputs:
-        return ldm.Inputs(picture=ldm.read_picture(path), depth=depth, controls=controls)
+        return replace(shared, picture=ldm.read_picture(path))
+
+    def runs(_: ldm.Models) -> Iterator[Run]:
+        """One for each picture that can be read; the others are told of when their turn comes."""
+        for path in pictures:
+            with suppress(ldm.LdmError) if len(pictures) > 1 else nullcontext():
+                yield request, inputs(path)
+
+    models = flags.models(a, runs)
+    shared = replace(shared, controls=flags.controls(a, models))
 
     jobs = [cli.Job(request, lambda path=path: inputs(path), path.stem) for path in pictures]
     wanted = None  # of a batch; None: all
@@ -87,7 +97,6 @@ def run(a: argparse.Namespace) -> int:
             output.save(image, name(job), job.place)
 
     if a.resume:
-        shared = ldm.Inputs(depth=depth, controls=controls)
         with output.going_on(cli.facts(models, jobs, shared)) as output:
             return cli.draw(models, jobs, save, has=lambda job: output.has(name(job), job.place))
     return cli.draw(models, jobs, save)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,9 +154,10 @@ def run(a: argparse.Namespace) -> int:
     picture, mask = pictures(a)
     output = cli.Output(a.out, a.overwrite)
     output.prepare(a.batch_size)
-    models = flags.models(a)
     depth = ldm.read_picture(a.depth) if a.depth else None
-    inputs = ldm.Inputs(picture=picture, mask=mask, depth=depth, controls=flags.controls(a, models))
+    inputs = ldm.Inputs(picture=picture, mask=mask, depth=depth)
+    models = flags.models(a, lambda _: [(request, inputs)])
+    inputs = replace(inputs, controls=flags.controls(a, models))
     wanted = None  # of a batch; None: all
     if a.from_picture:
         found = prepare(a.from_picture, models, inputs=inputs)

@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import flags
 import groups
+
+if TYPE_CHECKING:
+    from ldm.memory import Run
 
 STRENGTH = 0.3  # where none is given: that of image to image would draw the prompt into each tile
 
@@ -61,7 +66,7 @@ def run(a: argparse.Namespace) -> int:
     from ldm import cli
     from ldm.images import ENDINGS, save
     from ldm.reproduce import prepare, settings
-    from ldm.sd_upscale import chosen, tiles
+    from ldm.sd_upscale import chosen, tiles, whole_size
     from ldm.upscalers import DEFAULT, load_upscaler, upscaler_named
 
     request = flags.request(a, a.prompt, **flags.editing(a))
@@ -72,8 +77,15 @@ def run(a: argparse.Namespace) -> int:
     output.prepare(1)
     picture = ldm.read_picture(a.picture)
     depth = ldm.read_picture(a.depth) if a.depth else None
-    models = flags.models(a)
-    inputs = ldm.Inputs(picture=picture, depth=depth, controls=flags.controls(a, models))
+    inputs = ldm.Inputs(picture=picture, depth=depth)
+
+    def tile(models: ldm.Models) -> Iterator[Run]:
+        asked = (request.width or models.default_size, request.height or models.default_size)
+        width, height = map(min, asked, whole_size(models, picture.size, a.scale))
+        yield replace(request, width=width, height=height), inputs
+
+    models = flags.models(a, tile)
+    inputs = replace(inputs, controls=flags.controls(a, models))
     library, device = ldm.Library(upscalers=a.upscalers_dir), cli.device(a.device)
     if a.from_picture:
         info = settings(a.from_picture)

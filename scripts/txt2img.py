@@ -55,7 +55,6 @@ def parser() -> flags.Parser:
     p.add_argument("--depth", type=Path, metavar="PICTURE", help="for depth models: white is near")
     groups.add_noise(p)
     groups.add_model(p)
-    groups.add_budget(p)
     groups.add_sampling(p)
     files = groups.add_output(p)
     files.add_argument(
@@ -169,7 +168,10 @@ def draw(a: argparse.Namespace) -> int:
     output = cli.Output(a.out, a.overwrite)
     if not a.explain:
         output.prepare(pictures)
-    models = flags.models(a, todo) if a.ckpt or not a.from_picture else None
+    inputs = ldm.Inputs(depth=ldm.read_picture(a.depth) if a.depth else None)
+    models = None
+    if a.ckpt or not a.from_picture:
+        models = flags.models(a, lambda _: [(request, inputs) for request in todo])
     wanted = None  # of a batch; None: all
     if a.from_picture:
         folders = (a.models_dir, a.lora_dir, a.embeddings_dir, a.hypernetwork_dir)
@@ -181,9 +183,7 @@ def draw(a: argparse.Namespace) -> int:
     if a.explain:
         print("\n\n".join(str(ldm.explain(models, request)) for request in todo))
         return 0
-    inputs = ldm.Inputs(
-        depth=ldm.read_picture(a.depth) if a.depth else None, controls=flags.controls(a, models)
-    )
+    inputs = replace(inputs, controls=flags.controls(a, models))
     sheet: list[Image] = []
 
     def save(image: Image, job: cli.Job) -> None:

@@ -187,6 +187,17 @@ def test_contact_sheets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["--sheet", str(tmp_path / "empty"), "--out", str(out)]) == 2
 
 
+def test_a_budget_is_for_the_largest_picture(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A picture that cannot be drawn is not in the way of the others."""
+    common = [*words, "--out", str(tmp_path), "--budget", "600MB"]
+    assert main([*common, "--x", "size=32x32, 36x36"]) == cli.Exit.FAILED
+    assert "memory: 0.3 of 0.6 GB: weights in float32 on cpu\n" in capsys.readouterr().err
+    assert main([*common, "--x", "size=32x32, 1024x1024"]) == cli.Exit.USAGE
+    assert "picture 1, 2: this needs 0.7 GB of memory at least, there is 0.6" in capsys.readouterr().err
+
+
 def test_all_axes_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main(["--axes"]) == 0
     assert "CFG Scale" in capsys.readouterr().out.splitlines()

@@ -123,6 +123,8 @@ def test_models_with_further_inputs_draw(draw, folder: Path, tmp_path: Path):
         ),
         (["--depth", "{pictures}/grey.jpg"], "takes no depth picture"),
         (["--refiner", "missing"], "there is no file missing"),
+        (["--budget", "4GB", "--from-picture", "x.png"], "--budget goes without --dtype, --storage"),
+        (["--budget", "300MB"], "GB of memory at least, there is 0.3"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -135,6 +137,23 @@ def test_mistakes_are_one_line(
         code = stopped.code
     assert code == 2
     assert complaint in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_budget_is_for_the_largest_picture(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Where no size is named, they are drawn in about their own; what is no picture is left out."""
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "0.png").write_bytes(b"no picture")
+    Image.new("RGB", (512, 512)).save(mixed / "1.png")
+    words = ["--ckpt", str(folder / "sd1.safetensors"), "--steps", "2", "--strength", "0.5"]
+    command = [str(mixed), "--device", "cpu", "--out", str(tmp_path / "out"), *words, "--budget", "600MB"]
+    assert main(command) == 1
+    assert "memory: 0.5 of 0.6 GB: weights in float32 on cpu\n" in capsys.readouterr().err
+    Image.new("RGB", (1024, 1024)).save(mixed / "2.png")
+    assert main(command) == 2
+    assert "needs 0.7 GB of memory at least, there is 0.6" in capsys.readouterr().err
 
 
 def test_a_depth_model_without_a_depth_picture_says_what_it_needs(draw, capsys: pytest.CaptureFixture[str]):

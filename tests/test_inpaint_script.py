@@ -186,3 +186,17 @@ def test_a_mask_that_does_not_fit_is_told(
         assert main([*common, "--mask", str(tmp_path / "mask.png"), "--out", str(tmp_path / "o.png")]) == 2
         assert complaint in capsys.readouterr().err
     assert not (tmp_path / "o.png").exists()
+
+
+def test_a_budget_is_for_the_size_that_is_drawn(
+    repaint, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Of a part that is drawn by itself, not of the whole picture."""
+    Image.new("RGB", (1024, 1024)).save(tmp_path / "large.png")
+    words = ["--box", "10,20,42,44", "--budget", "600MB"]
+    part = ["--only-masked", "--width", "64", "--height", "64"]
+    repaint(*words, *part, family="sd1", picture="large.png")
+    assert "memory: 0.3 of 0.6 GB: weights in float32 on cpu\n" in capsys.readouterr().err
+    command = [str(tmp_path / "large.png"), "--ckpt", str(checkpoints["sd1"]), "--device", "cpu"]
+    assert main([*command, *words, "--out", str(tmp_path / "y.png")]) == 2
+    assert "needs 0.7 GB of memory at least, there is 0.6" in capsys.readouterr().err

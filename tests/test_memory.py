@@ -136,6 +136,36 @@ def test_a_budget_is_met_in_the_fastest_way(file: Path):
         ldm.plan(file, request, budget=min(needs) - 1)
 
 
+def test_of_many_runs_the_largest_count():
+    models = blank(tiny("sd1"))
+    small, usual = (replace(REQUEST, width=side, height=side, seed=7) for side in (64, 512))
+    wide, high = replace(REQUEST, width=768, height=256), replace(REQUEST, width=256, height=768)
+    batch, second = replace(small, batch_size=4), replace(small, hires=ldm.Hires())
+    wrong = replace(REQUEST, height=516)
+    alone = [small, usual, REQUEST, wide, high, wrong, batch, second]
+    found = memory.largest(models, [(request, ldm.Inputs()) for request in alone])
+    assert [request for request, _ in found] == [usual, wide, high, batch, second]
+    picture, large = (ldm.Inputs(picture=Image.new("RGB", (side, side))) for side in (320, 400))
+    edits = [(ldm.Request(), picture), (ldm.Request(), large), (small, large)]
+    assert memory.largest(models, edits) == edits[1:2]
+    with pytest.raises(ldm.RequestError, match="height must be a multiple of 8"):
+        memory.largest(models, [(wrong, picture)])
+
+
+def test_a_plan_of_many_runs_fits_each(file: Path):
+    """Whole, the large picture needs more; in strips, the batch does."""
+    large = replace(REQUEST, width=1024, height=1024)
+    batch = replace(REQUEST, width=256, height=256, batch_size=80)
+    whole, strips = Way(), Way(limits=Limits(whole=0))
+    assert predicted(file, whole, large) > predicted(file, whole, batch)
+    need = predicted(file, strips, batch)
+    assert need > predicted(file, strips, large)
+    for first, second in ((large, batch), (batch, large)):
+        runs = [(first, ldm.Inputs()), (second, ldm.Inputs())]
+        found = memory.plan_all(file, lambda _, runs=runs: runs, budget=need)
+        assert (found.way, found.needs) == (strips, need)
+
+
 def test_loaded_models_are_told_how_to_run(file: Path):
     models = Way(storage=torch.float16).load(file)
     request = replace(REQUEST, width=1024, height=1024)

@@ -137,6 +137,17 @@ def test_the_command_line_draws_all_tiles_and_says_how(
     assert read_text(tmp_path / "x.png") == text
 
 
+def test_a_budget_is_for_a_tile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("sd1").save(tmp_path / "tiny.safetensors")
+    save(picture(), tmp_path / "small.png")
+    words = [str(tmp_path / "small.png"), "--ckpt", str(tmp_path / "tiny.safetensors"), "--device", "cpu"]
+    words += ["--steps", "4", "--upscaler", "Lanczos", "--out", str(tmp_path / "large.png"), "--overwrite"]
+    assert main([*words, "--budget", "400MB"]) == cli.Exit.DONE  # 96 x 64, less than a whole tile
+    assert "memory: 0.3 of 0.4 GB: weights in float32 on cpu\n" in capsys.readouterr().err
+    assert main([*words, "--scale", "16", "--budget", "400MB"]) == cli.Exit.USAGE  # tiles of 512
+    assert "needs 0.5 GB of memory at least, there is 0.4" in capsys.readouterr().err
+
+
 def test_a_picture_that_was_not_drawn_in_tiles_says_so() -> None:
     for fields in ("Seed: 1", "SD upscale upscaler: x, SD upscale overlap: 64", "SD upscale by: much"):
         with pytest.raises(LdmError, match="does not tell how it was drawn in tiles"):
