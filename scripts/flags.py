@@ -6,6 +6,7 @@ Nothing here imports torch until a value is used: `--help` and a mistyped flag a
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -313,6 +314,39 @@ def size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise RequestError(f"a size is written as 512x768, got {text!r}")
     return int(width), int(height)
+
+
+def together(train: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`train`, in a group of processes if torchrun started this one, each with a graphics card of its own."""
+
+    def work(a: argparse.Namespace) -> int:
+        if "RANK" not in os.environ:
+            return train(a)
+        import torch
+        import torch.distributed as dist
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if a.device in ("auto", "cuda"):
+                a.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group(timeout=timedelta(hours=12))  # encoding the pictures may take long
+        try:
+            return train(a)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    return work
+
+
+def unfinished(a: argparse.Namespace) -> int:
+    """Say that a training goes on another time; the exit code: its --minutes were over, or it was stopped."""
+    from ldm import cli
+    from ldm.training.loop import rank_and_world
+
+    if rank_and_world()[0] == 0:
+        print("not finished; the same command goes on from here", file=sys.stderr)
+    return cli.Exit.DONE if a.minutes < float("inf") else cli.Exit.STOPPED
 
 
 stopping = threading.Event()

@@ -100,6 +100,19 @@ def add_model(p: argparse.ArgumentParser) -> None:
     )
 
 
+def add_session(p: argparse.ArgumentParser) -> None:
+    """Where and how long to train."""
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        metavar="N",
+        help="stop after this time, to go on later",
+    )
+    p.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
 def _bytes(text: str) -> int:
     """ "4GB" -> 4 * 2**30; "free" -> 0."""
     if text == "free":

@@ -13,15 +13,14 @@ torchrun --nproc-per-node 8 scripts/train_lora.py ...
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import flags
+import groups
 
 
 def parser() -> flags.Parser:
@@ -33,11 +32,9 @@ def parser() -> flags.Parser:
     add("--ckpt", type=Path, metavar="FILE", help="what to train on; default: the embedded model")
     add("--vae", type=Path, metavar="FILE", help="take the autoencoder from this file")
     add("--prediction", choices=("eps", "v"), help="what the UNet predicts, where its file says it wrongly")
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("bfloat16", "float32"), help="of the model; default: bfloat16 on CUDA")
     add("--folder", type=Path, metavar="DIR", help="state, losses, samples; default: OUT without its ending")
-    add("--minutes", type=float, default=float("inf"), metavar="N", help="stop after this time")
-    add("--debug", action="store_true", help="show where an error comes from")
+    groups.add_session(p)
 
     size = p.add_argument_group("network")
     add = size.add_argument
@@ -129,8 +126,6 @@ def train(a: argparse.Namespace) -> int:
 
     network, config = NetworkConfig(**given(NetworkConfig)), LoraConfig(**given(LoraConfig))
     device = cli.device(a.device)
-    if dist.is_initialized() and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     dtype = getattr(torch, a.dtype) if a.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     models = ldm.load(a.ckpt, device=device, dtype=dtype, vae=a.vae, prediction=a.prediction)
     check_trainable(models)
@@ -181,34 +176,15 @@ def train(a: argparse.Namespace) -> int:
         models, data, network, config, folder, seconds=a.minutes * 60, after_epoch=after_epoch
     )
     if finished is None:
-        if rank == 0:
-            print("not finished; the same command goes on from here", file=sys.stderr)
-        return cli.Exit.DONE if a.minutes < float("inf") else cli.Exit.STOPPED
+        return flags.unfinished(a)
     if rank == 0:
         save(finished, a.out)
         print(a.out)
     return cli.Exit.DONE
 
 
-def work(a: argparse.Namespace) -> int:
-    """Train, in a group of processes if torchrun started this one."""
-    if "RANK" not in os.environ:
-        return train(a)
-    import torch
-    import torch.distributed as dist
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(hours=12))  # encoding the pictures may take long
-    try:
-        return train(a)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    return flags.main("train_lora", parse, work, argv)
+    return flags.main("train_lora", parse, flags.together(train), argv)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,17 @@ Three stages, each resumable: the autoencoder on crops, the latents of all pictu
 the latents. Two scopes with the same code: SMALL is what two CPU cores reach in hours, FULL wants a GPU.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ldm.checkpoint import load_vae
 from ldm.denoise import Denoiser, Prediction
 from ldm.errors import LdmError
 from ldm.families.sd1 import EMBEDDED
-from ldm.formats import write_safetensors
+from ldm.formats import read, write_safetensors
 from ldm.models import Models
 from ldm.schedules import NoiseSchedule
 from ldm.text.clip import ClipTextConfig
@@ -170,13 +168,11 @@ def latent_views(vae: AutoencoderKL, data: IconSet, scope: Scope, folder: Path) 
     cache = folder / "latents.safetensors"
     icons = [data.icons[i] for i in data.indices(holdout=False)]
     if cache.exists():
-        with safe_open(cache, framework="pt") as file:
-            colours = [line.split(",") for line in file.metadata()["colours"].split(";")]
-            z = file.get_tensor("z")
-        if len(z) != len(icons):
+        file = read(cache)
+        z, colours = file.tensors.get("z"), file.metadata.get("colours")
+        if z is None or colours is None or len(z) != len(icons):
             raise LdmError(f"{cache} holds the latents of other pictures; delete it")
-        return LatentViews(icons, z, colours)
-    print(f"encoding {len(icons)} pictures in {2 + scope.coloured} views each", file=sys.stderr, flush=True)
+        return LatentViews(icons, z, [line.split(",") for line in colours.split(";")])
     views = encode_views(vae, data, coloured=scope.coloured, seed=scope.loop.seed)
     if rank_and_world()[0] == 0:
         write_safetensors(cache, {"z": views.z}, {"colours": ";".join(map(",".join, views.colours))})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ldm.schedules import NoiseSchedule
 from ldm.text.clip import ClipTextConfig, ClipTextModel
@@ -85,9 +86,14 @@ def encode_views(vae: AutoencoderKL, data: IconSet, *, coloured: int, seed: int)
     icons = [data.icons[i] for i in data.indices(holdout=False)]
     colours = [rng.sample(sorted(BACKGROUNDS), coloured) for _ in icons]
     views = []
-    for view in range(2 + coloured):
-        z = [vae.encode(batch.to(device)).half().cpu() for batch in view_pictures(data, colours, view)]
-        views.append(torch.cat(z))
+    total = len(icons) * (2 + coloured)
+    with tqdm(total=total, desc="encode", unit="picture", dynamic_ncols=True) as bar:
+        for view in range(2 + coloured):
+            z = []
+            for batch in view_pictures(data, colours, view):
+                z.append(vae.encode(batch.to(device)).half().cpu())
+                bar.update(len(batch))
+            views.append(torch.cat(z))
     return LatentViews(icons, torch.stack(views, dim=1), colours)
 
 

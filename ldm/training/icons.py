@@ -15,11 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.formats import read, write_safetensors
 
 RGB = tuple[int, int, int]
 
@@ -68,23 +67,23 @@ class IconSet:
     @classmethod
     def load(cls, path: str | Path) -> IconSet:
         """Raises LdmError if the file is not one that `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "icon set" not in metadata:
-                raise LdmError(f"{path} is not an icon set; build one with scripts/build_dataset.py")
-            images = file.get_tensor("images")
-        stored = json.loads(metadata["icon set"])
+        if not Path(path).exists():
+            raise LdmError(f"there is no file {path}; build it with scripts/build_dataset.py")
+        file = read(path)
+        if "icon set" not in file.metadata:
+            raise LdmError(f"{path} is not an icon set; build one with scripts/build_dataset.py")
+        stored = json.loads(file.metadata["icon set"])
         icons = [
             Icon(**{**record, "tags": tuple(record["tags"]), "keywords": tuple(record["keywords"])})
             for record in stored["icons"]
         ]
-        return cls(images, icons, stored["facts"])
+        return cls(file.tensors["images"], icons, stored["facts"])
 
     def save(self, path: str | Path) -> None:
+        """The same pictures make the same file. An older one of this name is replaced."""
         stored = {"facts": self.facts, "icons": [asdict(icon) for icon in self.icons]}
-        # One entry: safetensors writes several in any order, and the file should be the same every time.
         metadata = {"icon set": json.dumps(stored, ensure_ascii=False)}
-        save_file({"images": self.images}, path, metadata=metadata)
+        write_safetensors(path, {"images": self.images}, metadata, overwrite=True)
 
     def indices(self, *, holdout: bool) -> list[int]:
         """Positions of the pictures for training (holdout=False) or of those kept for testing."""
