@@ -136,12 +136,14 @@ def load(setting: Setting) -> dict[str, Any]:
 def write(folder: Path) -> None:
     """A random Stable Diffusion 1.5 in half precision: as one file, and as diffusers writes it."""
     from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers.utils import logging
 
     from ldm.denoise import Denoiser, Prediction
     from ldm.families import FAMILIES
     from ldm.models import Models
     from ldm.text.clip import CLIP_L, ClipTextModel
 
+    logging.disable_progress_bar()
     setting = Setting(1, False)
     family = next(family for family in FAMILIES if family.name == "sd1")
     text = randomised(lambda: ClipTextModel(CLIP_L)).half()
