@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ldm import faster, lora
+from ldm import faster, lora, memory
 from ldm.families import Picture
 from ldm.families.family import chunked, context_length
 from ldm.guidance import needs_negative
@@ -20,6 +20,8 @@ from ldm.text import editing
 from ldm.text.clip import ClipTextModel
 from ldm.text.prompt import compose
 from ldm.text.tokenizer import Tokenizer
+from ldm.token_merging import MergingBlock, merging
+from ldm.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Explanation:
     prompt: tuple[Text, ...]
     negative: tuple[Text, ...]  # empty where it is not needed
     files: tuple[str, ...]  # LoRA files and the like, and what of them fits
+    without_effect: tuple[str, ...]  # what was asked for and changes nothing here, and why
+    memory: int  # bytes that the run takes at most on the device, weights included
+    device: str
 
     def __str__(self) -> str:
         run = self.run
@@ -85,6 +90,8 @@ class Explanation:
                 f"{len(second.sigmas) - 1} steps from sigma {second.sigmas[0]:.4g}"
             )
             lines += [f"second pass, less work: {line}" for line in faster.savings(second)]
+        lines += [f"without effect: {line}" for line in self.without_effect]
+        lines.append(f"memory: about {self.memory / 2**30:.1f} GB on {self.device}")
         return "\n".join(lines)
 
     @property
@@ -117,6 +124,11 @@ def explain(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Exp
             *(f"{path.name}, hypernetwork, {multiplier:g}" for path, multiplier in networks.hypernetworks),
             *(f"{e.path.name}, embedding of {len(e)} vectors" for e in networks.embeddings.values()),
         ),
+        without_effect=tuple(
+            line for one in (run, run.second) if one for line in _without_effect(models, one)
+        ),
+        memory=memory.needed(models, request, inputs),
+        device=str(models.device),
     )
 
 
@@ -154,6 +166,23 @@ def _tokens(models: Models, run: Plan, text: str) -> tuple[tuple[tuple[tuple[str
             tokens[place : place + count] = [f"<{name} {i + 1}/{count}>" for i in range(count)]
         found.append(tuple(zip(tokens, chunk.weights, strict=True)))
     return tuple(found), length - 2
+
+
+def _without_effect(models: Models, run: Plan) -> Iterator[str]:
+    request, size = run.request, f"{run.width} x {run.height}"
+    if request.reuse > 1 and _evaluations(run) == 1:
+        yield "feature reuse, as the network is evaluated once"
+    if request.token_merging > 0 and not _merges(models.unet, run, request.token_merging_downsample):
+        better = next((n for n in range(2, 9) if _merges(models.unet, run, n)), None)
+        advice = f"; --token-merging-downsample {better} changes that" if better else ""
+        yield f"token merging, as this model has no tokens to merge at {size}{advice}"
+
+
+def _merges(unet: UNet, run: Plan, downsample: int) -> bool:
+    """Whether any self-attention sees fewer tokens than without merging."""
+    with merging(unet, run.request.token_merging, run.latent_shape[1:], downsample):
+        blocks = [module.merge for module in unet.modules() if isinstance(module, MergingBlock)]
+    return any(min(size) > 1 and int(size[0] * size[1] * ratio) > 0 for ratio, size in blocks)
 
 
 def _evaluations(run: Plan) -> int:

@@ -219,16 +219,21 @@ def ways(device: str, *, fast: bool = False) -> Iterator[Way]:
 
 def ways_of(models: Models) -> Iterator[Way]:
     """To run loaded models, in that order, too."""
+    for limits in _limits():
+        yield replace(way_of(models), limits=limits)
+
+
+def way_of(models: Models) -> Way:
+    """How they are held, and run."""
     blocks = offload.in_blocks(models.unet)
-    way = Way(
+    return Way(
         device=str(models.device),
         dtype=models.denoiser.dtype,
         storage=held_in(models.unet),
         fast=any(isinstance(layer, FastConv2d) for layer in models.unet.modules()),
         lowvram=("blocks" if blocks else "parts") if offload.is_offloaded(models.unet) else None,
+        limits=models.limits,
     )
-    for limits in _limits():
-        yield replace(way, limits=limits)
 
 
 def _limits() -> Iterator[Limits]:
@@ -268,6 +273,11 @@ def predict(
     # When the last weight is read, its pages of the file count, too.
     last = max(w.nbytes for network in networks for w in network.parameters())
     return fixed + sum(sizes) + vae + max(steps, pixels, last)
+
+
+def needed(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> int:
+    """The same of models as they are loaded, and not changed by this."""
+    return predict(blank(models), request, way_of(models), inputs, _hinted(inputs))
 
 
 def working(

@@ -1,6 +1,7 @@
 """What `ldm.explain` tells is what happens."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.explanation import explain
+from ldm.rehearsal import blank
 from tests.tiny_families import tiny
 
 SMALL = ldm.Request(width=32, height=24, steps=4)
@@ -56,6 +58,35 @@ def test_long_prompts_are_told_in_chunks():
     [text] = explain(tiny("sd1"), replace(SMALL, prompt="apple " * 80)).prompt
     assert [len(chunk) for chunk in text.chunks] == [75, 5]
     assert text.space == 75
+
+
+def test_what_changes_nothing_is_told():
+    """The embedded model attends on maps of half the latent's size and less."""
+    request = replace(SMALL, token_merging=0.5)
+    models = blank(ldm.load())
+
+    def told(**changed: Any) -> tuple[str, ...]:
+        return explain(models, replace(request, **changed)).without_effect
+
+    [line] = told()
+    assert line.startswith("token merging, as this model has no tokens to merge at 32 x 24; ")
+    assert line.endswith("--token-merging-downsample 2 changes that")
+    assert f"without effect: {line}\nmemory: " in str(explain(models, request))
+    assert told(token_merging_downsample=2) == told(token_merging=0.0) == ()
+    [line] = told(width=8, height=8)
+    assert line.endswith(" at 8 x 8")  # nor does any map of a single token
+    [_, second] = told(hires=ldm.Hires(scale=2))
+    assert "at 64 x 48" in second
+    assert told(token_merging=0.0, reuse=2) == ()
+    assert told(token_merging=0.0, reuse=2, steps=1) == ("feature reuse, as the network is evaluated once",)
+
+
+def test_the_memory_is_that_of_the_plan():
+    models = tiny("sd1")
+    told = explain(models, SMALL)
+    assert told.memory == ldm.plan(models, SMALL, budget=2**40).needs
+    assert str(told).endswith(f"memory: about {told.memory / 2**30:.1f} GB on cpu")
+    assert all(w.device.type == "cpu" for w in models.unet.parameters())
 
 
 def test_explaining_draws_no_random_numbers():
