@@ -155,7 +155,8 @@ _LOCAL = threading.local()
 def _scratch(size: int) -> Tensor:
     """Memory of this thread that is used again: getting it anew takes as long as the work on it."""
     if getattr(_LOCAL, "scratch", None) is None or len(_LOCAL.scratch) < size:
-        _LOCAL.scratch = torch.empty(size)
+        with torch.inference_mode(False):  # or it could be written to in that mode only
+            _LOCAL.scratch = torch.empty(size)
     return _LOCAL.scratch
 
 

@@ -1,6 +1,7 @@
 """`ldm.optimize` changes how results are computed, and nothing else."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -137,6 +138,20 @@ def test_textures_stay_seamless(models: Models):
     optimize(models)
     with seamless(models.unet):
         assert_same(prediction(models, x), plain)
+
+
+@compiled
+def test_memory_made_in_inference_mode_serves_outside_of_it_too():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
+    optimize(conv)
+    # The memory at hand is kept for each thread, so it must be a new one.
+    with ThreadPoolExecutor(1) as thread:
+        x = torch.randn(1, 64, 48, 48)
+        with torch.inference_mode():
+            expected = conv(x)
+        assert torch.equal(thread.submit(torch.inference_mode()(conv), x).result(), expected)
+        assert torch.equal(thread.submit(torch.no_grad()(conv), x).result(), expected)
 
 
 def test_gradients_flow_as_ever():
