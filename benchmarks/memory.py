@@ -35,6 +35,8 @@ class Case:
     control: bool = False  # with the embedded model's ControlNet
     picture: bool = False  # image to image
     hires: float | None = None  # a second pass, so many times as wide and high, by an enlarged picture
+    upscaler: str = "Lanczos"  # what enlarges it; "esrgan": a network of Real-ESRGAN x4plus's shape
+    lora: bool = False  # rank 32, of all attention and feed-forward layers, in float16
     strips: bool = False  # decoded in strips, and a row at a time
 
     def __str__(self) -> str:
@@ -45,6 +47,8 @@ class Case:
             "ControlNet": self.control,
             "image to image": self.picture,
             f"second pass x {self.hires}": self.hires,
+            f"enlarged by {self.upscaler}": self.upscaler != "Lanczos",
+            "LoRA": self.lora,
             "in strips, a row at a time": self.strips,
         }
         return f"{self.model} | {self.size} | {', '.join(note for note, holds in notes.items() if holds)}"
@@ -57,6 +61,8 @@ EMBEDDED = [
     Case(control=True),
     Case(picture=True),
     Case(size=256, hires=2),
+    Case(size=256, hires=2, upscaler="esrgan"),
+    Case(size=256, lora=True),
     Case(size=768, strips=True),
     Case(storage="float16"),
 ]
@@ -67,6 +73,9 @@ SD15 = [
     Case("SD 1.5", fast=True),
     Case("SD 1.5", 256, batch=4),
     Case("SD 1.5", 256, hires=2),
+    Case("SD 1.5", 256, lora=True),
+    Case("SD 1.5", 256, hires=2, upscaler="esrgan", lora=True),
+    Case("SD 1.5", storage="float16", lora=True),
     Case("SD 1.5", 768, storage="float16", strips=True),
 ]
 SDXL = [Case("SDXL", storage="float16", strips=True)]
@@ -78,8 +87,8 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def run(case: Case, path: str | None, predicting: bool) -> float:
-    """Make the run, or only predict it; MB."""
+def run(case: Case, path: str | None, folder: str | None, predicting: bool) -> float:
+    """Make the run, or only predict it; MB. folder: with the files of `write_files`."""
     import torch
     from PIL import Image
 
@@ -93,18 +102,22 @@ def run(case: Case, path: str | None, predicting: bool) -> float:
         limits=Limits(1, 0) if case.strips else Limits(),
     )
     request = ldm.Request(
-        prompt="a cat",
+        prompt="a cat <lora:lora:0.8>" if case.lora else "a cat",
         width=case.size,
         height=case.size,
         batch_size=case.batch,
         steps=1,
         sampler="Euler",
-        hires=ldm.Hires(scale=case.hires, upscaler="Lanczos", strength=0.5) if case.hires else None,
+        hires=ldm.Hires(scale=case.hires, upscaler=case.upscaler, strength=0.5) if case.hires else None,
         edit=ldm.Edit(strength=1.0) if case.picture else None,
     )
     picture = Image.new("RGB", (case.size, case.size)) if case.picture else None
+    files = Path(folder) if folder else None
+    library = ldm.Library(loras=files, upscalers=files)
     models = (
-        ldm.load(path, device="meta", dtype=way.dtype, storage=way.storage) if predicting else way.load(path)
+        ldm.load(path, device="meta", dtype=way.dtype, storage=way.storage, library=library)
+        if predicting
+        else way.load(path, library=library)
     )
     nets = [ldm.load_controlnet("canny", models)] if case.control else []
     inputs = ldm.Inputs(picture=picture)
@@ -147,18 +160,41 @@ def write_model(path: Path, name: str) -> None:
     Models(family, denoiser, vae, tuple(filled(encoder) for encoder in text)).save(path)
 
 
-def in_process(case: Case, path: Path | None, predicting: bool) -> float:
-    facts = json.dumps([asdict(case), path and str(path), predicting])
+def write_files(folder: Path, path: Path | None) -> None:
+    """What cases call beside the model at `path`: a LoRA for it, and an ESRGAN; both with random weights."""
+    import torch
+
+    import ldm
+    from ldm.formats import write_safetensors
+    from ldm.lora_names import kohya_key, parts, trained
+    from ldm.upscalers.esrgan import RRDBConfig, RRDBNet
+
+    models, rank, tensors = ldm.load(path, device="meta"), 32, {}
+    for place in trained(models):
+        shape = parts(models)[place.part].get_parameter(f"{place.name}.weight").shape
+        key, kernel = kohya_key(models, place), [1] * len(shape[2:])
+        tensors[f"{key}.lora_up.weight"] = torch.full((shape[0], rank, *kernel), 1e-4).half()
+        tensors[f"{key}.lora_down.weight"] = torch.full((rank, *shape[1:]), 1e-4).half()
+    write_safetensors(folder / "lora.safetensors", tensors, {})
+    write_safetensors(folder / "esrgan.safetensors", RRDBNet(RRDBConfig()).state_dict(), {})
+
+
+def in_process(case: Case, path: Path | None, predicting: bool, folder: Path | None = None) -> float:
+    facts = json.dumps([asdict(case), path and str(path), folder and str(folder), predicting])
     command = [sys.executable, "-m", "benchmarks.memory", "--case", facts]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def measured(cases: list[Case], path: Path | None) -> Iterator[Mapping[str, object]]:
     """The cases, and what was found; a line of the table is printed for each."""
-    for case in cases:
-        predicted, found = (in_process(case, path, predicting) for predicting in (True, False))
-        print(f"| {case} | {predicted:.0f} MB | {found:.0f} MB | {predicted / found:.2f} |", flush=True)
-        yield asdict(case) | {"predicted": round(predicted), "measured": round(found)}
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), path)
+        for case in cases:
+            predicted, found = (
+                in_process(case, path, predicting, Path(folder)) for predicting in (True, False)
+            )
+            print(f"| {case} | {predicted:.0f} MB | {found:.0f} MB | {predicted / found:.2f} |", flush=True)
+            yield asdict(case) | {"predicted": round(predicted), "measured": round(found)}
 
 
 def main() -> None:
@@ -169,8 +205,8 @@ def main() -> None:
     p.add_argument("--case", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.case:
-        case, path, predicting = json.loads(a.case)
-        print(run(Case(**case), path, predicting))
+        case, *rest = json.loads(a.case)
+        print(run(Case(**case), *rest))
         return
     print("| model | size | | predicted | measured | ratio |")
     print("|---" * 6 + "|")

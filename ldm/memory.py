@@ -10,15 +10,14 @@ and in the sizes of the run, and every tensor is counted. docs/memory.md compare
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ldm import main_memory, offload, planning, tiled_vae
+from ldm import hires, hypernetwork, lora, main_memory, offload, planning, tiled_vae
 from ldm.checkpoint import load
 from ldm.controlnet import Controlled, ControlNet, Prepared
 from ldm.controlnet_file import load_controlnet
@@ -29,15 +28,16 @@ from ldm.guidance import needs_negative
 from ldm.hires import LATENT_MODES
 from ldm.inputs import NO_INPUTS, Inputs
 from ldm.latents import memory as decoding
-from ldm.models import Limits, Models
-from ldm.optimization import FastConv2d, optimize
+from ldm.models import Models
 from ldm.planning import Plan, autoencoder
 from ldm.rehearsal import META, Ledger, blank, blank_module
 from ldm.request import Request
-from ldm.storage import held_in
 from ldm.t2i_adapter import Adapter
 from ldm.text.prompt import compose, without_comments
+from ldm.tiles import tiled_strips
+from ldm.upscalers import NetworkUpscaler, passes
 from ldm.vae import VAEConfig
+from ldm.ways import Way, way_of, ways, ways_of
 
 FIXED = 290 * 2**20
 """Bytes of a process that has drawn the smallest picture, without weights: Python, torch, a tokenizer."""
@@ -46,46 +46,8 @@ ON_A_CARD = 150 * 2**20
 """The same of a graphics card: scratch memory of its libraries. An estimate, not measured."""
 
 TOKENS = 77  # in a prompt; more of them take little
-USUAL = Limits()
 Controls = Sequence[ControlNet | Adapter]
 Run = tuple[Request, Inputs]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """One way to hold a model and to run it."""
-
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    storage: torch.dtype | None = None
-    fast: bool = False  # with ldm.optimize, on a CPU
-    lowvram: Literal["parts", "blocks"] | None = None  # see ldm.offload
-    limits: Limits = USUAL
-
-    def load(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Models:
-        """Load a model to be held and run like that. options: further ones of `ldm.load`."""
-        home = "cpu" if self.lowvram else self.device
-        models = load(path, device=home, dtype=self.dtype, storage=self.storage, **options)
-        models = replace(models, limits=self.limits)
-        if self.fast:
-            optimize(models)
-        return (
-            offload.offloaded(models, self.device, blocks=self.lowvram == "blocks")
-            if self.lowvram
-            else models
-        )
-
-    def __str__(self) -> str:
-        dtype, storage = (str(d).removeprefix("torch.") for d in (self.dtype, self.storage))
-        held = {None: "held whole", "parts": "part by part", "blocks": "block by block"}[self.lowvram]
-        facts = [
-            f"weights in {storage if self.storage else dtype} on {self.device}",
-            *([held] if self.lowvram else []),
-            *(["made faster"] if self.fast else []),
-            *([] if self.limits.whole else ["decoding in strips"]),
-            *([] if self.limits.rows is None else [f"UNet batch of {self.limits.rows}"]),
-        ]
-        return ", ".join(facts)
 
 
 @dataclass(frozen=True)
@@ -205,42 +167,6 @@ def _within(sizes: Sequence[int], more: Sequence[int]) -> bool:
     return all(one <= other for one, other in zip(sizes, more, strict=True))
 
 
-def ways(device: str, *, fast: bool = False) -> Iterator[Way]:
-    """To load a model, from the fastest way to the one that takes least memory."""
-    half = Way(device=device, dtype=torch.float16)
-    held = (
-        [*([Way(fast=True)] if fast else []), Way(), Way(storage=torch.float16)]
-        if device == "cpu"
-        else [half, replace(half, lowvram="parts"), replace(half, lowvram="blocks")]
-    )
-    for way, limits in product(held, _limits()):
-        yield replace(way, limits=limits)
-
-
-def ways_of(models: Models) -> Iterator[Way]:
-    """To run loaded models, in that order, too."""
-    for limits in _limits():
-        yield replace(way_of(models), limits=limits)
-
-
-def way_of(models: Models) -> Way:
-    """How they are held, and run."""
-    blocks = offload.in_blocks(models.unet)
-    return Way(
-        device=str(models.device),
-        dtype=models.denoiser.dtype,
-        storage=held_in(models.unet),
-        fast=any(isinstance(layer, FastConv2d) for layer in models.unet.modules()),
-        lowvram=("blocks" if blocks else "parts") if offload.is_offloaded(models.unet) else None,
-        limits=models.limits,
-    )
-
-
-def _limits() -> Iterator[Limits]:
-    for whole, rows in product((USUAL.whole, 0), (None, 1)):
-        yield Limits(rows, whole)
-
-
 def free(device: torch.device) -> int:
     """Bytes that a process may have; on a CPU, what this process has already is among them.
 
@@ -259,8 +185,8 @@ def predict(
 ) -> int:
     """Bytes that a run takes at most on its device, weights included.
 
-    models, controls: as they are held, but without memory for weights (rehearsal.py). Not counted: LoRA files
-    and networks that enlarge pictures. Raises what `ldm.planning.plan` raises.
+    models, controls: as they are held, but without memory for weights (rehearsal.py). Not counted: latent
+    diffusion that enlarges pictures. Raises what `ldm.txt2img` raises before its first step.
     """
     steps, pixels = working(models, request, way, inputs, controls)
     networks = [*controls, *(network for one in _each(models) for network in (*one.text, one.unet))]
@@ -283,48 +209,86 @@ def needed(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> int:
 def working(
     models: Models, request: Request, way: Way, inputs: Inputs = NO_INPUTS, controls: Controls = ()
 ) -> tuple[int, int]:
-    """Bytes that networks take while they run, beside weights: UNet and ControlNets; the autoencoder.
+    """Bytes that a run takes beside the weights: while UNet and ControlNets run; while the autoencoder does.
 
-    On a CPU the second ones hold what the heap keeps of the first ones. Arguments as of `predict`.
+    On a CPU the second ones hold what the heap keeps of the first ones. What the prompt names is among both:
+    what LoRA files change is kept, to be restored. Arguments as of `predict`.
     """
-    hires, (run, last) = request.hires, _passes(models, request, inputs)
+    run, last = _passes(models, request, inputs)
     rows = _rows(models, request, run)
     rows = min(rows, way.limits.rows or rows)
+    on_cpu = torch.device(way.device).type == "cpu"
+    upscaler = _upscaler(models, run, on_cpu)
+    files, more = Files.of(run), Files.of(run.second or run)
     ledger = Ledger(torch.device(way.device), fast=way.fast)
     with torch.no_grad(), ledger:
         steps, pixels = [], []
+        held = [torch.empty_like(weight) for weight in upscaler.network.parameters()] if upscaler else []
         if inputs.picture is not None or models.family.concat is Concat.INPAINT:
             _encode(models, run, way)
             pixels.append(ledger.turn())
-        _step(models, run, rows, controls)
-        steps.append(ledger.turn())
+        with files.applied(models, way):
+            _step(models, run, rows, controls)
+        steps.append(ledger.turn() + on_cpu * files.pages)
         if run.second is not None:
-            if hires and hires.upscaler not in LATENT_MODES:
+            if run.request.hires and run.request.hires.upscaler not in LATENT_MODES:
                 _decode(models, run, way)
+                if upscaler is not None:
+                    _enlarge(models, upscaler, run)
                 _encode(models, run.second, way)
                 pixels.append(ledger.turn())
-            _step(models, run.second, rows, controls)
-            steps.append(ledger.turn())
+            with more.applied(models, way):
+                _step(models, run.second, rows, controls)
+            steps.append(ledger.turn() + on_cpu * more.pages)
         _decode(models, last, way)
+        if upscaler is not None and run.second is None:
+            _enlarge(models, upscaler, run)
         pixels.append(ledger.turn())
+        del held
     return max(steps), max(pixels)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a prompt names, read."""
+
+    loras: Sequence[tuple[lora.LoraFile, float, float]]
+    hypernetworks: Sequence[tuple[hypernetwork.Hypernetwork, float]]
+    pages: int  # bytes of the LoRA files, which stay in main memory while they are applied
+
+    @classmethod
+    def of(cls, run: Plan) -> "Files":
+        networks = run.networks
+        return cls(
+            [(lora.read(path), unet, text) for path, unet, text in networks.loras],
+            [(hypernetwork.read(path), multiplier) for path, multiplier in networks.hypernetworks],
+            sum(path.stat().st_size for path, *_ in networks.loras),
+        )
+
+    @contextmanager
+    def applied(self, models: Models, way: Way) -> Iterator[None]:
+        """Within the block they change the model. What waits beside the device is changed there."""
+        loras = self.loras if way.lowvram is None else ()
+        with lora.applied(models, loras), hypernetwork.applied(models, self.hypernetworks):
+            yield
 
 
 def _extent(models: Models, request: Request, inputs: Inputs) -> tuple[Hashable, Sequence[int]]:
     """What decides the memory of a run: a kind, and numbers with which it grows."""
     run, last = _passes(models, request, inputs)
     sizes = _rows(models, request, run), run.width, run.height, last.width, last.height
-    return (request.hires and request.hires.upscaler, inputs.picture is None, inputs.controls), sizes
+    named = run.networks, run.second and run.second.networks
+    files = [(one.loras, one.hypernetworks) for one in named if one]
+    upscaler = request.hires and request.hires.upscaler
+    return (str(files), upscaler, inputs.picture is None, inputs.controls), sizes
 
 
 def _passes(models: Models, request: Request, inputs: Inputs) -> tuple[Plan, Plan]:
     """A run, and what is decoded in the end: of its second pass, or enlarged without one."""
-    hires = request.hires and replace(request.hires, prompt="", negative_prompt="")
-    # What the words name need not be there yet.
-    run = planning.plan(models, replace(request, prompt="", negative_prompt="", hires=hires), inputs)
-    if hires is None or run.second is not None or hires.upscaler not in LATENT_MODES:
+    run, second = planning.plan(models, request, inputs), request.hires
+    if second is None or run.second is not None or second.upscaler not in LATENT_MODES:
         return run, run.second or run
-    width, height = hires.size(run.width, run.height, planning.step_of_sizes(models, request))
+    width, height = second.size(run.width, run.height, planning.step_of_sizes(models, request))
     factor = autoencoder(models).config.factor
     shape = (run.latent_shape[0], height // factor, width // factor)
     return run, replace(run, width=width, height=height, latent_shape=shape)
@@ -360,6 +324,39 @@ def _decode(models: Models, run: Plan, way: Way) -> None:
         tiled_vae.decode(vae, latent)
     else:
         vae.decode(latent)
+
+
+def _upscaler(models: Models, run: Plan, on_cpu: bool) -> NetworkUpscaler | None:
+    """The network that enlarges pictures, without memory for its weights; None: there is none of the kind."""
+    upscaler = hires.load(models, run)
+    if not isinstance(upscaler, NetworkUpscaler):
+        return None
+    return upscaler if on_cpu else replace(upscaler, network=upscaler.network.half())
+
+
+def _enlarge(models: Models, upscaler: NetworkUpscaler, run: Plan) -> None:
+    """A picture is enlarged, tile by tile. The network runs once for each size of a tile."""
+    network, seen, second = upscaler.network, set[torch.Size](), run.request.hires
+    assert second is not None
+    width, height = second.target(run.width, run.height, planning.step_of_sizes(models, run.request))
+
+    def tile(pixels: Tensor) -> Tensor:
+        b, c, h, w = pixels.shape
+        if pixels.shape in seen:
+            return torch.empty(b, c, h * network.factor, w * network.factor, device=META)
+        seen.add(pixels.shape)
+        return network(pixels.to(next(network.parameters()).dtype)).float()
+
+    picture = torch.empty(1, 3, run.height, run.width, device=META)
+    for _ in range(passes(network.factor, max(width / run.width, height / run.height))):
+        h, w = (side * network.factor for side in picture.shape[2:])
+        result = torch.empty(h, w, device=META)  # Pillow holds four bytes for a pixel, too
+        for _ in tiled_strips(
+            tile, picture, tile=upscaler.tile, overlap=upscaler.overlap, scale=network.factor
+        ):
+            pass
+        picture = torch.empty(1, 3, h, w, device=META)
+        del result
 
 
 def _encode(models: Models, run: Plan, way: Way) -> None:

@@ -168,6 +168,8 @@ class _Operators(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options, first = kwargs or {}, args[0] if args else None
+        if func is Tensor.__bool__ and isinstance(first, Tensor) and first.is_meta:
+            return True  # "are all of them finite?"
         if func in SHAPES:
             some = first[0] if isinstance(first, list | tuple) else first
             return some.new_empty(SHAPES[func](*args, **options))  # type: ignore[union-attr]

@@ -16,11 +16,14 @@ import ldm
 from benchmarks.memory import Case, in_process
 from ldm import memory
 from ldm.controlnet import ControlNet, ControlNetConfig
-from ldm.memory import Way
+from ldm.formats import write_safetensors
+from ldm.lora_names import kohya_key, trained
 from ldm.models import Limits
 from ldm.native import kernels
 from ldm.offload import offloaded
 from ldm.rehearsal import blank, blank_module
+from ldm.upscalers.esrgan import RRDBConfig, RRDBNet
+from ldm.ways import Way, ways
 from tests.tiny_families import BY_NAME, tiny
 
 REQUEST = ldm.Request(prompt="a cat", width=512, height=512)
@@ -115,6 +118,71 @@ def test_all_that_a_run_does_is_counted():
     assert weights <= more <= weights + controlled[0]
 
 
+@pytest.fixture
+def library(tmp_path: Path) -> ldm.Library:
+    """A LoRA for the tiny model on its UNet's transformers, a hypernetwork, and two upscalers."""
+    models, tensors = tiny("sd1"), {}
+    for place in (place for place in trained(models) if place.part == "unet"):
+        shape = models.unet.get_parameter(f"{place.name}.weight").shape
+        ones = [1] * len(shape[2:])
+        tensors[f"{kohya_key(models, place)}.lora_up.weight"] = torch.ones(shape[0], 2, *ones)
+        tensors[f"{kohya_key(models, place)}.lora_down.weight"] = torch.ones(2, *shape[1:])
+    write_safetensors(tmp_path / "style.safetensors", tensors, {})
+    for name, features in (("small", 8), ("large", 64)):
+        network = RRDBNet(RRDBConfig(features=features, blocks=1))
+        write_safetensors(tmp_path / f"{name}.safetensors", network.state_dict(), {})
+    shapes = {"linear.0.weight": (2048, 64), "linear.0.bias": (2048,)}
+    shapes |= {"linear.1.weight": (64, 2048), "linear.1.bias": (64,)}
+    layers = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    torch.save({models.unet.config.context_dim: (layers, layers)}, tmp_path / "mood.pt")
+    return ldm.Library(loras=tmp_path, hypernetworks=tmp_path, upscalers=tmp_path)
+
+
+def test_what_the_prompt_names_is_counted(library: ldm.Library):
+    models, way = blank(replace(tiny("sd1"), library=library)), Way(device="cuda")
+    steps, pixels = memory.working(models, REQUEST, way)
+    own = {f"{place.name}.weight" for place in trained(models) if place.part == "unet"}
+    kept = sum(w.nbytes for name, w in models.unet.named_parameters() if name in own)
+    lora = replace(REQUEST, prompt="a cat <lora:style:0.5>")
+    assert memory.working(models, lora, way) == (steps + kept, pixels)  # to be restored
+    assert memory.working(models, lora, Way(device="cuda", lowvram="parts")) == (steps, pixels)
+    second = replace(REQUEST, hires=ldm.Hires(scale=1.5))
+    later = replace(second, hires=ldm.Hires(scale=1.5, prompt="a cat <lora:style:0.5>"))
+    more = memory.working(models, later, way)[0] - memory.working(models, second, way)[0]
+    assert more == kept  # in the second pass, which is the larger one
+    mood = replace(REQUEST, prompt="a cat <hypernet:mood:1>")
+    weights = 2 * 4 * (2 * 2048 * 64 + 2048 + 64)  # bytes: before keys and before values
+    assert memory.working(models, mood, way)[0] >= steps + weights
+
+
+def test_what_enlarges_pictures_is_counted(library: ldm.Library):
+    models = blank(replace(tiny("sd1"), library=library))
+
+    def needs(upscaler: str, side: int = 256, device: str = "cpu") -> tuple[int, int]:
+        hires = ldm.Hires(scale=2, upscaler=upscaler, strength=0.5)
+        request = ldm.Request(width=side, height=side, hires=hires)
+        return memory.working(models, request, Way(device=device))
+
+    plain, small, large = (needs(name, device="cuda") for name in ("Lanczos", "small", "large"))
+    assert plain[1] < small[1] < large[1]
+    network = RRDBNet(RRDBConfig(features=64, blocks=1))
+    assert large[0] - plain[0] == sum(2 * w.numel() for w in network.parameters())  # it waits, in float16
+    wide = 64 * 4 * (4 * 192) ** 2  # bytes of one layer's result for a tile of 192 pixels, four times as wide
+    assert needs("large")[1] > 3 * wide
+    assert needs("large", 1024)[1] - needs("Lanczos", 1024)[1] < 5 * wide  # tiles of one size
+    kept = replace(REQUEST, hires=ldm.Hires(scale=2, upscaler="large", strength=0))
+    assert memory.working(models, kept, Way())[1] > 3 * wide
+
+
+def test_what_is_named_must_be_there(library: ldm.Library, file: Path):
+    for request in (
+        replace(REQUEST, prompt="a cat <lora:stile:1>"),
+        replace(REQUEST, hires=ldm.Hires(upscaler="huge")),
+    ):
+        with pytest.raises(ldm.LdmError, match=r"there is no (LoRA 'stile'|upscaler 'huge') in"):
+            ldm.plan(file, request, budget=2**40, library=library)
+
+
 def test_what_makes_layers_faster_is_counted():
     models = blank(tiny("sd1"))
     plain, fast = (memory.working(models, REQUEST, Way(fast=fast)) for fast in (False, True))
@@ -127,10 +195,10 @@ def test_what_makes_layers_faster_is_counted():
 
 def test_a_budget_is_met_in_the_fastest_way(file: Path):
     request = replace(REQUEST, batch_size=4)
-    needs = [predicted(file, way, request) for way in memory.ways("cpu")]
+    needs = [predicted(file, way, request) for way in ways("cpu")]
     for budget in (max(needs) - 1, min(needs)):
         found = ldm.plan(file, request, budget=budget)
-        fitting = [(way, need) for way, need in zip(memory.ways("cpu"), needs, strict=True) if need <= budget]
+        fitting = [(way, need) for way, need in zip(ways("cpu"), needs, strict=True) if need <= budget]
         assert (found.way, found.needs) == fitting[0]
     with pytest.raises(ldm.RequestError, match="GB of memory at least"):
         ldm.plan(file, request, budget=min(needs) - 1)

@@ -46,6 +46,7 @@ __all__ = [
     "load_latent",
     "load_network",
     "load_upscaler",
+    "passes",
     "upscaler_named",
 ]
 
@@ -198,9 +199,9 @@ def enlarged(
         result = upscaler(result.resize(quarter, Image.Resampling.LANCZOS), progress)
         result = result.resize((width, height), Image.Resampling.LANCZOS)
     else:
-        passes = _passes(upscaler.factor, max(width / image.width, height / image.height))
+        times = passes(upscaler.factor, max(width / image.width, height / image.height))
         # Each pass has factor * factor times as many pixels to draw as the one before.
-        ends = list(accumulate((upscaler.factor ** (2 * i) for i in range(passes)), initial=0))
+        ends = list(accumulate((upscaler.factor ** (2 * i) for i in range(times)), initial=0))
         for begin, end in pairwise(ends):
 
             def tick(share: float, begin: int = begin, end: int = end) -> None:
@@ -215,7 +216,7 @@ def enlarged(
     return result
 
 
-def _passes(factor: int, size: float) -> int:
+def passes(factor: int, size: float) -> int:
     """How often an upscaler runs until a picture is `size` times as large."""
     if factor == 1:
         return 1
