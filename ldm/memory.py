@@ -9,7 +9,7 @@ and in the sizes of the run, and every tensor is counted. docs/memory.md compare
 """
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,7 +147,7 @@ def largest(models: Models, runs: Iterable[Run]) -> list[Run]:
     A run that does not fit the models is left out: it says so itself, when its turn comes. If none fits,
     the first one's LdmError is raised.
     """
-    kept: list[tuple[Hashable, Sequence[int], Run]] = []
+    kept: list[tuple[object, Sequence[int], Run]] = []
     failed: LdmError | None = None
     for request, inputs in runs:
         try:
@@ -273,14 +273,17 @@ class Files:
             yield
 
 
-def _extent(models: Models, request: Request, inputs: Inputs) -> tuple[Hashable, Sequence[int]]:
+def _extent(models: Models, request: Request, inputs: Inputs) -> tuple[object, Sequence[int]]:
     """What decides the memory of a run: a kind, and numbers with which it grows."""
     run, last = _passes(models, request, inputs)
     sizes = _rows(models, request, run), run.width, run.height, last.width, last.height
-    named = run.networks, run.second and run.second.networks
-    files = [(one.loras, one.hypernetworks) for one in named if one]
+    files = [
+        ([(path, bool(unet), bool(text)) for path, unet, text in one.loras], one.hypernetworks)
+        for one in (run.networks, run.second and run.second.networks)
+        if one
+    ]
     upscaler = request.hires and request.hires.upscaler
-    return (str(files), upscaler, inputs.picture is None, inputs.controls), sizes
+    return (files, upscaler, inputs.picture is None, inputs.controls), sizes
 
 
 def _passes(models: Models, request: Request, inputs: Inputs) -> tuple[Plan, Plan]:

@@ -37,6 +37,26 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def library(tmp_path: Path) -> ldm.Library:
+    """A LoRA for the tiny model on its UNet's transformers, a hypernetwork, and two upscalers."""
+    models, tensors = tiny("sd1"), {}
+    for place in (place for place in trained(models) if place.part == "unet"):
+        shape = models.unet.get_parameter(f"{place.name}.weight").shape
+        ones = [1] * len(shape[2:])
+        tensors[f"{kohya_key(models, place)}.lora_up.weight"] = torch.ones(shape[0], 2, *ones)
+        tensors[f"{kohya_key(models, place)}.lora_down.weight"] = torch.ones(2, *shape[1:])
+    write_safetensors(tmp_path / "style.safetensors", tensors, {})
+    for name, features in (("small", 8), ("large", 64)):
+        network = RRDBNet(RRDBConfig(features=features, blocks=1))
+        write_safetensors(tmp_path / f"{name}.safetensors", network.state_dict(), {})
+    shapes = {"linear.0.weight": (2048, 64), "linear.0.bias": (2048,)}
+    shapes |= {"linear.1.weight": (64, 2048), "linear.1.bias": (64,)}
+    layers = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    torch.save({models.unet.config.context_dim: (layers, layers)}, tmp_path / "mood.pt")
+    return ldm.Library(loras=tmp_path, hypernetworks=tmp_path, upscalers=tmp_path)
+
+
 def bytes_of(models: ldm.Models) -> int:
     return sum(w.nbytes for part in models.parts if isinstance(part, nn.Module) for w in part.parameters())
 
@@ -116,26 +136,6 @@ def test_all_that_a_run_does_is_counted():
     weights = sum(w.nbytes for w in net.parameters())
     more = memory.predict(models, REQUEST, way, controls=[net]) - memory.predict(models, REQUEST, way)
     assert weights <= more <= weights + controlled[0]
-
-
-@pytest.fixture
-def library(tmp_path: Path) -> ldm.Library:
-    """A LoRA for the tiny model on its UNet's transformers, a hypernetwork, and two upscalers."""
-    models, tensors = tiny("sd1"), {}
-    for place in (place for place in trained(models) if place.part == "unet"):
-        shape = models.unet.get_parameter(f"{place.name}.weight").shape
-        ones = [1] * len(shape[2:])
-        tensors[f"{kohya_key(models, place)}.lora_up.weight"] = torch.ones(shape[0], 2, *ones)
-        tensors[f"{kohya_key(models, place)}.lora_down.weight"] = torch.ones(2, *shape[1:])
-    write_safetensors(tmp_path / "style.safetensors", tensors, {})
-    for name, features in (("small", 8), ("large", 64)):
-        network = RRDBNet(RRDBConfig(features=features, blocks=1))
-        write_safetensors(tmp_path / f"{name}.safetensors", network.state_dict(), {})
-    shapes = {"linear.0.weight": (2048, 64), "linear.0.bias": (2048,)}
-    shapes |= {"linear.1.weight": (64, 2048), "linear.1.bias": (64,)}
-    layers = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    torch.save({models.unet.config.context_dim: (layers, layers)}, tmp_path / "mood.pt")
-    return ldm.Library(loras=tmp_path, hypernetworks=tmp_path, upscalers=tmp_path)
 
 
 def test_what_the_prompt_names_is_counted(library: ldm.Library):
@@ -218,6 +218,13 @@ def test_of_many_runs_the_largest_count():
     assert memory.largest(models, edits) == edits[1:2]
     with pytest.raises(ldm.RequestError, match="height must be a multiple of 8"):
         memory.largest(models, [(wrong, picture)])
+
+
+def test_runs_with_other_files_are_compared_apart(library: ldm.Library):
+    models = blank(replace(tiny("sd1"), library=library))
+    prompts = [f"a cat <lora:style:{weight}>" for weight in (0.5, 0, 0.7)]
+    found = memory.largest(models, [(replace(REQUEST, prompt=prompt), ldm.Inputs()) for prompt in prompts])
+    assert [request.prompt for request, _ in found] == prompts[:2]
 
 
 def test_a_plan_of_many_runs_fits_each(file: Path):
