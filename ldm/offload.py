@@ -11,7 +11,7 @@ away, never written back: a part goes at no cost. Whoever changes weights (LoRA)
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,13 @@ class Room:
     """A device with place for the weights of one module at a time."""
 
     device: torch.device
-    guest: nn.Module | None = None
     home: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # the guest's own weights
+    _guest: ReferenceType[nn.Module] | None = None  # weak, as a room shall not keep a model in memory
+
+    @property
+    def guest(self) -> nn.Module | None:
+        """The module whose weights are here."""
+        return None if self._guest is None else self._guest()
 
     def enter(self, module: nn.Module, *inputs: object) -> None:
         """Make the module the guest, if it is not. If memory runs out, the room is left empty."""
@@ -39,7 +44,7 @@ class Room:
         try:
             for weight, own in self.home:
                 weight.data = own.to(self.device, copy=True)
-            self.guest = module
+            self._guest = ref(module)
         finally:
             if self.guest is None:
                 self.leave()
@@ -48,7 +53,7 @@ class Room:
         """Send the guest home."""
         for weight, own in self.home:
             weight.data = own
-        self.guest, self.home = None, []
+        self._guest, self.home = None, []
 
 
 _ROOMS: MutableMapping[nn.Module, Room] = WeakKeyDictionary()  # of the parts that are offloaded

@@ -3,10 +3,12 @@
 The device is the CPU here, too: what comes to it is a copy at another address all the same.
 """
 
+import gc
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -165,3 +167,13 @@ def test_a_part_that_does_not_fit_leaves_the_room_empty():
         room.enter(unet)
     assert room.guest is None
     assert addresses(unet) == home
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_models_that_nobody_uses_any_more_go_with_all_their_weights(blocks: bool):
+    models = offload.offloaded(copied(), "cpu", blocks=blocks)
+    ldm.txt2img(models, REQUEST)  # the autoencoder comes last and stays in the room
+    kept = [ref(thing) for part in modules(models) for thing in (part, *part.parameters())]
+    del models
+    gc.collect()
+    assert not [one for one in kept if one() is not None]
