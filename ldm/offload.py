@@ -1,7 +1,7 @@
 """Models larger than the graphics card: a part comes to the device to run, and goes when the next one comes.
 
     models = ldm.load("sd_xl_base_1.0.safetensors", dtype=torch.float16)
-    models = offloaded(models, "cuda")               # the largest part fits the card
+    models = offloaded(models, "cuda")               # the largest part fits the card; or:
     models = offloaded(models, "cuda", blocks=True)  # the largest block of the UNet does
 
 The weights stay where they were loaded, in main memory. What comes to the device is a copy that is thrown
@@ -16,6 +16,7 @@ from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import RequestError
 from ldm.unet import InputHalf
 
 if TYPE_CHECKING:
@@ -61,17 +62,24 @@ _IN_BLOCKS: WeakSet[nn.Module] = WeakSet()  # those of them that never come as a
 
 
 def offloaded(models: "Models", device: torch.device | str, *, blocks: bool = False) -> "Models":
-    """The same models, which now run on `device`, one part at a time: text encoders, UNet, autoencoder.
+    """Make models run on `device`, one part at a time: text encoders, UNet, autoencoder.
+
+    This changes the networks in place, for all who hold them, and for good; it returns the same models.
 
     blocks: of the UNet, too, one block at a time. A step then takes as long as the transfer of all weights.
+
+    Raises RequestError if a part is offloaded already, be it with other models; then nothing has changed.
     """
     room = Room(torch.device(device))
-    for one in (models, models.refiner):
-        if one is not None:
-            for network in (*one.text, one.unet):
-                _admit(network, room, blocks)
-            if one.vae:
-                _ROOMS[one.vae] = room  # is not run by calling it, see `bring`
+    every = [one for one in (models, models.refiner) if one is not None]
+    networks = dict.fromkeys(network for one in every for network in (*one.text, one.unet))
+    vaes = [one.vae for one in every if one.vae]
+    if any(map(is_offloaded, (*networks, *vaes))):
+        raise RequestError("a part of these models is offloaded already; load the file anew to offload it")
+    for network in networks:
+        _admit(network, room, blocks)
+    for vae in vaes:
+        _ROOMS[vae] = room  # is not run by calling it, see `bring`
     return models
 
 
@@ -120,6 +128,7 @@ def in_blocks(unet: nn.Module) -> bool:
 
 
 def is_offloaded(module: nn.Module) -> bool:
+    """Whether a whole network, such as the UNet, comes to a device to run; a block of it does not count."""
     return module in _ROOMS
 
 

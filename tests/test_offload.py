@@ -177,3 +177,31 @@ def test_models_that_nobody_uses_any_more_go_with_all_their_weights(blocks: bool
     del models
     gc.collect()
     assert not [one for one in kept if one() is not None]
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_is_offloaded_already_is_refused_and_stays_as_it_was(blocks: bool):
+    models, other = copied(), copied()
+    home = addresses(*modules(models))
+    others = addresses(*modules(other))
+    wanted = ldm.txt2img(models, REQUEST)[0].tobytes()
+    models = offload.offloaded(models, "cpu")
+    for again in (models, replace(other, vae=models.vae), replace(other, refiner=models)):
+        with pytest.raises(ldm.RequestError, match="offloaded already"):
+            offload.offloaded(again, "cpu", blocks=blocks)
+    assert not any(map(offload.is_offloaded, modules(other)))
+    assert ldm.txt2img(models, REQUEST)[0].tobytes() == wanted
+    assert ldm.txt2img(other, REQUEST)[0].tobytes() == wanted
+    assert addresses(*modules(other)) == others
+    offload.leave(models.unet)
+    assert addresses(*modules(models)) == home
+
+
+def test_a_refiner_may_share_parts_with_its_model():
+    models = copied()
+    wanted = ldm.txt2img(models, REQUEST)[0].tobytes()
+    home = addresses(*modules(models))
+    models = offload.offloaded(replace(models, refiner=models), "cpu")
+    assert ldm.txt2img(replace(models, refiner=None), REQUEST)[0].tobytes() == wanted
+    offload.leave(models.unet)
+    assert addresses(*modules(models)) == home
