@@ -85,3 +85,24 @@ def test_nested_blocks_end_one_after_the_other():
         with seamless(vae):
             assert torch.equal(vae.encode(x), once)
         assert torch.equal(vae.encode(x), once)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_blocks_may_end_in_any_order(order: tuple[int, ...]):
+    network = AutoencoderKL(VAE).requires_grad_(False)
+    x = torch.rand(1, 3, 16, 16)
+    ordinary = network.encode(x)
+    blocks = [seamless(network), seamless(network.encoder), seamless(network)]
+    for block in blocks:
+        block.__enter__()
+    torus = network.encode(x)
+    assert not torch.equal(torus, ordinary)
+    for place in order[:2]:
+        blocks[place].__exit__(None, None, None)
+    assert torch.equal(network.encode(x), torus)  # each of them covers the whole encoder
+    blocks[order[2]].__exit__(None, None, None)
+    assert torch.equal(network.encode(x), ordinary)
+    assert all(conv.padding_mode == "zeros" for conv in network.modules() if isinstance(conv, nn.Conv2d))
+    with seamless(network):
+        assert torch.equal(network.encode(x), torus)
+    assert torch.equal(network.encode(x), ordinary)
