@@ -100,8 +100,8 @@ def _blank(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap | N
 
 
 def _is_finite(w: Tensor) -> bool:
-    """Whether no number of a weight is NaN or infinite, looked at piece by piece."""
-    return all(_adds_up(piece) for piece in w.reshape(-1).split(PIECE))
+    """Whether no number of a weight is NaN or infinite; other devices than the CPU are asked only once."""
+    return all(map(_adds_up, w.reshape(-1).split(PIECE))) if w.device.type == "cpu" else _adds_up(w)
 
 
 def _adds_up(piece: Tensor) -> bool:
@@ -109,7 +109,7 @@ def _adds_up(piece: Tensor) -> bool:
 
     In float32: in float16 the sum itself may overflow.
     """
-    return math.isfinite(piece.to(torch.float32).sum().item())
+    return math.isfinite(piece.sum(dtype=torch.float32).item())
 
 
 class _Blank(TorchFunctionMode):

@@ -61,6 +61,8 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> list[Path]:
         with suppress(OSError), open(path, "rb") as file:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                file.close()  # Windows deletes closed files only
             os.unlink(path)
             removed.append(path)
     return removed

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm import offload
 from ldm.errors import NotFiniteError
 from ldm.models import Models
+from ldm.storage import computed_with
 
 UNET, VAE, TEXT = "the UNet", "the autoencoder (VAE)", "the text encoder"
 
@@ -66,7 +67,7 @@ def second_try(
         yield from run(models)
         return
     except NotFiniteError as error:
-        if all(p.dtype == torch.float32 for module in modules for p in module.parameters()):
+        if all(p.dtype == torch.float32 for module in modules for p in computed_with(module)):
             raise
         why = str(error).partition(",")[0]
     # Behind the block: there, the error would keep the tensors of the first try alive.

@@ -13,7 +13,7 @@ compiled network sees it, which it would not for a hook.
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -105,8 +105,8 @@ def applied(models: Models, hypernetworks: Iterable[Use]) -> Iterator[None]:
         return
     unet = models.unet
     attentions = [module for module in unet.modules() if isinstance(module, CrossAttention)]
-    weights = {_width(a.to_k): a.to_k.weight for a in attentions}
-    steps = _steps(uses, weights, unet.config.context_dim, device_of(unet))
+    widths = {_width(a.to_k) for a in attentions}
+    steps = _steps(uses, widths, unet.config.context_dim, device_of(unet), models.denoiser.dtype)
     exchanged: list[tuple[CrossAttention, str, nn.Module]] = []
     try:
         for attention in attentions:
@@ -144,17 +144,18 @@ def _width(projection: nn.Module) -> int:
 
 def _steps(
     hypernetworks: Iterable[Use],
-    weights: Mapping[int, Tensor],
+    widths: Collection[int],
     context_dim: int | None,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[int, list[tuple[Pair, float]]]:
-    """The networks to run for each width, in order, in the dtype of `weights`."""
+    """The networks to run for each width, in order."""
     steps: dict[int, list[tuple[Pair, float]]] = {}
     for file, multiplier in hypernetworks:
         if not math.isfinite(multiplier):
             raise RequestError(f"a hypernetwork's multiplier must be a finite number, got {multiplier}")
         hypernetwork = file if isinstance(file, Hypernetwork) else read(file)
-        unknown = [width for width in hypernetwork.pairs if width not in weights]
+        unknown = [width for width in hypernetwork.pairs if width not in widths]
         # The web UI offers to train all widths of SD1 and SD2 in one file: then those of one go unused.
         if unknown and context_dim not in hypernetwork.pairs:
             raise CheckpointError(
@@ -163,8 +164,8 @@ def _steps(
                 "use one made for this model"
             )
         for width, pair in hypernetwork.pairs.items():
-            if width in weights:
-                k, v = (deepcopy(network).to(device, weights[width].dtype) for network in pair)
+            if width in widths:
+                k, v = (deepcopy(network).to(device, dtype) for network in pair)
                 steps.setdefault(width, []).append(((k, v), multiplier))
     return steps
 

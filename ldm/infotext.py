@@ -211,7 +211,7 @@ def _fields(
         yield "Precision", str(models.denoiser.dtype).removeprefix("torch.")
     if (held := held_in(models.denoiser.network)) is not None:
         yield "Storage", str(held).removeprefix("torch.")
-    if ways := stepdown.notes(*models.parts):
+    if ways := stepdown.notes(*models.all_parts):
         yield "Memory", quote("; ".join(ways))
     choices = {k: v for k, v in request.compat.differences().items() if k not in ("noise", "emphasis")}
     if choices:

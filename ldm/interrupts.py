@@ -1,6 +1,7 @@
 """Ctrl-C that waits for a good moment."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,8 +10,12 @@ from contextlib import contextmanager
 def patient() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C and a polite kill wait: nothing happens but that the returned function answers True.
 
-    Call it where nothing is half done. Asking a second time raises KeyboardInterrupt at once.
+    Call it where nothing is half done. Asking a second time raises KeyboardInterrupt at once. In other
+    threads than the main one, which alone is told of Ctrl-C, it changes nothing and answers False.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     asked = False
 
     def ask(number: int, frame: object) -> None:

@@ -17,6 +17,7 @@ except ImportError:  # Windows, which promises only what it has
 
 
 SYSTEM, STATUS = "/proc/meminfo", "/proc/self/status"
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 @contextmanager
@@ -49,9 +50,11 @@ def free() -> int | None:
     """The bytes that this process could have beside those it has; None: the system does not tell."""
     with suppress(OSError, KeyError, ValueError):
         found = _fields(SYSTEM)["MemAvailable"]
-        most, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-        if most.exists() and (text := most.read_text().strip()) != "max":  # of a container
-            found = min(found, int(text) - int(used.read_text()))
+        most = CONTAINER / "memory.max"
+        if most.exists() and (text := most.read_text().strip()) != "max":
+            counts = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+            used = int((CONTAINER / "memory.current").read_text())
+            found = min(found, int(text) - used + int(counts["inactive_file"]))  # files give way
         return found
     return None
 

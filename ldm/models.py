@@ -65,6 +65,11 @@ class Models:
         return (self.denoiser.network, *([self.vae] if self.vae else []), *self.text)
 
     @property
+    def all_parts(self) -> tuple[object, ...]:
+        """The same, and those of the refiner."""
+        return (*self.parts, *(self.refiner.parts if self.refiner else ()))
+
+    @property
     def device(self) -> torch.device:
         """Where the networks run."""
         modules = (part for part in self.parts if isinstance(part, nn.Module))

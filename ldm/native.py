@@ -8,10 +8,12 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,21 +38,21 @@ logger = logging.getLogger(__name__)
 @cache
 def kernels() -> ctypes.CDLL | None:
     """The functions of kernels.cpp. None: there is no compiler, or the environment has LDM_KERNELS=0."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if os.environ.get("LDM_KERNELS") == "0" or compiler is None or sys.platform != "linux":
+    compiler = shlex.split(os.environ.get("CXX") or "c++")  # such as "ccache g++"
+    if os.environ.get("LDM_KERNELS") == "0" or shutil.which(compiler[0]) is None or sys.platform != "linux":
         return None
     processor = torch.backends.cpu.get_cpu_capability()
     flags = ("-O3", "-ffast-math", "-fopenmp", "-fPIC", *FLAGS.get(processor, ()))
     try:
         return _library(compiler, flags)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         logger.info("no compiled kernels: %s", error)
         return None
 
 
-def _library(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    recipe = "\n".join([compiler, *flags, SOURCE.read_text()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ldm"
+def _library(compiler: Sequence[str], flags: tuple[str, ...]) -> ctypes.CDLL:
+    recipe = "\n".join([*compiler, *flags, SOURCE.read_text()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ldm"
     path = folder / f"kernels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,10 +60,13 @@ def _library(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
             built = Path(scratch) / path.name
             compiled = built.with_suffix(".o")
             subprocess.run(
-                [compiler, *flags, "-c", SOURCE, "-o", compiled], check=True, capture_output=True, timeout=120
+                [*compiler, *flags, "-c", SOURCE, "-o", compiled],
+                check=True,
+                capture_output=True,
+                timeout=120,
             )
             # Linked without -fopenmp, so that the loops run on the threads of torch's own OpenMP library.
-            subprocess.run([compiler, "-shared", compiled, "-o", built], check=True, capture_output=True)
+            subprocess.run([*compiler, "-shared", compiled, "-o", built], check=True, capture_output=True)
             with atomic_write(path, overwrite=True) as file:
                 file.write(built.read_bytes())
     library = ctypes.CDLL(os.fspath(path))

@@ -8,7 +8,7 @@ a pipeline of your own.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -42,7 +42,7 @@ def sample(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> Iter
     LoRA files and hypernetworks that the prompt names change the model until the run ends or is closed: one
     run at a time on the same `models`.
     """
-    stepdown.forget(*models.parts)
+    stepdown.forget(*models.all_parts)
     run = plan(models, request, inputs)
     upscaler = hires.load(models, run)  # now, as a mistyped name shall not cost a whole pass
     with texture(models, run):
@@ -185,15 +185,26 @@ def given(models: Models, run: Plan) -> Tensor | None:
 
 def picture(models: Models, run: Plan, i: int, latent: Tensor) -> Image.Image:
     """Decode the finished latent (C, h, w) of picture i of a run and write its settings into it."""
+    [image] = finished(models, run, [(i, latent)])
+    return image
+
+
+def finished(models: Models, run: Plan, latents: Iterable[tuple[int, Tensor]]) -> Iterator[Image.Image]:
+    """The pictures of a run, each with its settings. latents: finished ones (C, h, w), with their places."""
+    enlarges = run.request.hires is not None and run.second is None
+    upscaler = hires.load(models, run) if enlarges else None
     with texture(models, run):
-        if run.request.hires and run.second is None:
-            image = hires.larger_picture(models, run, latent, hires.load(models, run))
-        else:
-            image = to_pil(decode(models, latent.unsqueeze(0))[0], truncate=run.request.compat.truncate_8bit)
-        changes = change(models, run, latent)
-    if run.canvas is not None:
-        image = run.canvas.finished(image, changes)
-    return with_text(image, described(models, run, i))
+        before = given(models, run) if run.request.edit and run.request.edit.soft else None
+    for i, latent in latents:
+        with texture(models, run):
+            if enlarges:
+                image = hires.larger_picture(models, run, latent, upscaler)
+            else:
+                x = latent.unsqueeze(0)
+                image = to_pil(decode(models, x)[0], truncate=run.request.compat.truncate_8bit)
+        if run.canvas is not None:
+            image = run.canvas.finished(image, change(models, run, before, latent))
+        yield with_text(image, described(models, run, i))
 
 
 def described(models: Models, run: Plan, place: int = 0) -> str:
@@ -201,11 +212,13 @@ def described(models: Models, run: Plan, place: int = 0) -> str:
     return infotext(run.settled, models, run.networks.hashes, dict(run.inputs.fields()), place=place)
 
 
-def change(models: Models, run: Plan, latent: Tensor) -> Tensor | None:
-    """Soft inpainting: how much of each pixel of a finished latent (C, h, w) to show, (1, 1, h, w)."""
+def change(models: Models, run: Plan, before: Tensor | None, latent: Tensor) -> Tensor | None:
+    """Soft inpainting: how much of each pixel of a finished latent (C, h, w) to show, (1, 1, h, w).
+
+    before: the latents of the given picture, see `given`.
+    """
     soft = run.request.edit and run.request.edit.soft
-    mask = latent_mask(models, run) if soft else None
-    before = None if mask is None else given(models, run)
+    mask = latent_mask(models, run)
     if soft is None or mask is None or before is None:
         return None
     return soft_inpainting.visible(soft, before[:1], latent.unsqueeze(0), mask)
@@ -213,7 +226,7 @@ def change(models: Models, run: Plan, latent: Tensor) -> Tensor | None:
 
 def pictures(models: Models, run: Plan, latents: Tensor) -> list[Image.Image]:
     """All pictures of a run, from its finished latents (B, C, h, w)."""
-    return [picture(models, run, i, latent) for i, latent in enumerate(latents)]
+    return list(finished(models, run, enumerate(latents)))
 
 
 def txt2img(models: Models, request: Request, inputs: Inputs = NO_INPUTS) -> list[Image.Image]:

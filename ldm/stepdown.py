@@ -32,10 +32,21 @@ def forget(*parts: object) -> None:
         _NOTES.pop(part, None)
 
 
+# In plain RuntimeErrors, beside torch.OutOfMemoryError: of main memory, of oneDNN, of Apple's and NVIDIA's
+# libraries.
+_SIGNS = (
+    "DefaultCPUAllocator",
+    "could not create a primitive",
+    "MPS backend out of memory",
+    "STATUS_ALLOC_FAILED",
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is what torch raises when memory runs out."""
-    # On the CPU it is a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def release() -> None:
@@ -46,6 +57,8 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def first_that_fits(part: object, ways: Mapping[str, Callable[[], T]]) -> T:
@@ -92,7 +105,8 @@ class InParts:
                 if rows == len(x):
                     return self.network(*inputs)
                 starts = range(0, len(x), rows)
-                return torch.cat([self.network(*_cut(inputs, slice(i, i + rows))) for i in starts])
+                # Copied, as CUDA graphs (ldm.compiled) give each result in the same memory.
+                return torch.cat([self.network(*_cut(inputs, slice(i, i + rows))).clone() for i in starts])
             except Exception as error:
                 if not out_of_memory(error) or rows == 1:
                     raise

@@ -48,6 +48,14 @@ def prepare(module: nn.Module) -> Iterator[str]:
             yield f"{name}.weight"
 
 
+def computed_with(module: nn.Module) -> Iterator[Tensor]:
+    """The weights of a module but for those that it holds in another dtype than it computes in."""
+    for layer in module.modules():
+        for name, weight in layer.named_parameters(recurse=False):
+            if name != "weight" or type(layer) not in STORED.values():
+                yield weight
+
+
 def held_in(module: object) -> torch.dtype | None:
     """The dtype in which a module holds its large weights, if it may be another than it computes in."""
     layers = module.modules() if isinstance(module, nn.Module) else ()
@@ -61,7 +69,7 @@ def stored(models: "Models", dtype: torch.dtype) -> "Models":
     `ldm.load(storage=...)` does this without a moment in which both are in memory. A weight that was made
     faster before (ldm.optimize) stays as it is.
     """
-    for part in models.parts:
+    for part in models.all_parts:
         if isinstance(part, nn.Module):
             for name in prepare(part):
                 weight = part.get_parameter(name)

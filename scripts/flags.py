@@ -203,6 +203,8 @@ def check(a: argparse.Namespace) -> None:
         raise RequestError(
             "--budget goes without --dtype, --storage, --lowvram, --refiner and --from-picture"
         )
+    if a.budget == 0 and getattr(a, "resume", False):  # the way chosen may change the pictures
+        raise RequestError("free memory changes; with --resume say how much: --budget 4GB")
 
     exist(a.ckpt, a.vae, a.vocabulary, a.refiner)
     exist(*(path for pair in a.control for path in pair if str(path) not in BUILT_IN))
@@ -257,7 +259,7 @@ def models(a: argparse.Namespace, runs: Callable[[Models], Iterable[Run]]) -> Mo
         storage = getattr(torch, a.storage) if a.storage else None
         loaded = ldm.load(a.ckpt, device=home, dtype=dtype, storage=storage, **options)
         if a.refiner is not None:
-            loaded = replace(loaded, refiner=ldm.load(a.refiner, device=home, dtype=dtype))
+            loaded = replace(loaded, refiner=ldm.load(a.refiner, device=home, dtype=dtype, storage=storage))
         if a.lowvram:
             loaded = offloaded(loaded, device, blocks=a.lowvram == "blocks")
         if a.fast and device.type == "cpu":

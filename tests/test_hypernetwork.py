@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from ldm.errors import CheckpointError, LdmError, RequestError
 from ldm.families.sd1 import SD1
 from ldm.hypernetwork import applied, read
 from ldm.models import Models
+from ldm.storage import stored
 from ldm.unet import CrossAttention, UNet, UNetConfig
 
 CONTEXT, CHANNELS = 48, (32, 64)  # widths of the text, and of the pixels at the two levels with attention
@@ -221,6 +223,15 @@ def test_a_network_in_half_precision_stays_in_it(tmp_path: Path):
         x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, CONTEXT)
         assert half(x.bfloat16(), torch.tensor([5.0]), context.bfloat16()).dtype == torch.bfloat16
     assert read(tmp_path / "style.pt").pairs[CONTEXT][0][0].weight.dtype == torch.float32
+
+
+def test_a_network_held_in_half_precision_computes_as_ever(tmp_path: Path):
+    make(tmp_path / "style.pt", Recipe())
+    held = stored(deepcopy(models()), torch.float16)
+    with applied(held, [(tmp_path / "style.pt", 1.0)]):
+        result = run(held)
+    with applied(models(), [(tmp_path / "style.pt", 1.0)]):
+        assert (result - run(models())).abs().max() < 5e-3  # what half precision takes from the weights
 
 
 def test_another_familys_hypernetwork_is_refused_and_nothing_changes(tmp_path: Path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm import main_memory
 from ldm.main_memory import bounded
 from ldm.stepdown import out_of_memory
 
@@ -37,3 +38,15 @@ def test_the_limit_is_what_is_free_and_a_lower_one_of_the_user_stays():
         assert resource.getrlimit(resource.RLIMIT_DATA)[0] == limit
     with bounded(torch.device("meta")):
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_files_in_the_memory_of_a_container_give_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A checkpoint that was read counts as used memory of a container, until something else needs it."""
+    for name, text in (
+        ("memory.max", "2000000"),
+        ("memory.current", "1900000"),
+        ("memory.stat", "anon 1000\ninactive_file 1500000\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(main_memory, "CONTAINER", tmp_path)
+    assert main_memory.free() == 1_600_000

@@ -187,6 +187,23 @@ def test_the_failed_attempt_keeps_no_memory():
     assert first_that_fits(torch.nn.Identity(), {"first": first, "second": second}) == 0
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory"),
+        RuntimeError("could not create a primitive"),  # oneDNN, where there is no room for its scratch memory
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB, other allocations: 1.00 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["python", "cuda", "linux", "windows", "onednn", "mps", "cublas"],
+)
+def test_all_ways_to_say_that_memory_ran_out_are_known(error: Exception):
+    assert out_of_memory(error)
+
+
 def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="something else"):
         first_that_fits(torch.nn.Identity(), {"a": lambda: fail("something else"), "b": lambda: None})

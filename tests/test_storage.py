@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ldm
 from ldm import infotext, lora
 from ldm.models import Models
-from ldm.storage import STORED, stored
+from ldm.storage import STORED, held_in, stored
 from tests.lora.test_lora import lora_tensors, write
 from tests.test_offload import REQUEST, copied
 from tests.tiny_families import tiny
@@ -78,3 +78,9 @@ def test_the_embedded_model_still_draws_an_apple(dtype: torch.dtype, error: floa
     wanted, found = pixels(ldm.load(), request), pixels(ldm.load(storage=dtype), request)
     difference = (wanted - found).square().mean().sqrt()
     assert difference <= error
+
+
+def test_a_refiner_is_held_in_few_bytes_like_the_rest():
+    models = stored(replace(tiny("sdxl"), refiner=tiny("sdxl-refiner")), torch.float16)
+    assert models.refiner is not None
+    assert held_in(models.unet) == held_in(models.refiner.unet) == torch.float16

@@ -15,6 +15,7 @@ from torch import nn
 import ldm
 from ldm import Edit, Hires, LdmError, Models, Request
 from ldm.samplers import SAMPLERS
+from ldm.storage import stored
 from ldm.upscalers import latent
 from ldm.upscalers.ldsr import LDSR
 from ldm.upscalers.x4 import X4Upscaler
@@ -118,6 +119,12 @@ def test_a_unet_that_overflows_in_float16_draws_in_float32(path: str, caplog: py
     assert drawn.tobytes() == expected.tobytes()
     after = {name: (w.data_ptr(), w.dtype, w._version) for name, w in half.unet.named_parameters()}
     assert after == weights  # the very same tensors as before
+
+
+def test_what_computes_in_float32_is_not_repeated_though_it_is_held_in_half(caplog: pytest.LogCaptureFixture):
+    with pytest.raises(LdmError, match="the UNet gave NaN"):
+        ldm.txt2img(stored(poisoned("the UNet"), torch.float16), REQUEST)
+    assert not caplog.records
 
 
 def test_a_vae_that_overflows_in_half_precision_decodes_in_float32(caplog: pytest.LogCaptureFixture):
