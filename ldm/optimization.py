@@ -70,10 +70,11 @@ class FastConv2d(nn.Conv2d):
     """A convolution that takes the fastest way for the size of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x, weight = input, self.weight
-        if not fits(x, weight):
-            return super().forward(x)
-        if self._is_plain(1) and x.is_contiguous(memory_format=torch.channels_last):
+        weight = self.weight
+        if not fits(input, weight):
+            return super().forward(input)
+        x = input.contiguous(memory_format=torch.channels_last)  # only the first layer's is not so already
+        if self._is_plain(1):
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         if self._is_plain(3):
             if winograd_pays(x, weight) and (library := kernels()) is not None:
@@ -125,8 +126,7 @@ def winograd_pays(x: Tensor, weight: Tensor) -> bool:
 
 
 def winograd(library: CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3x3 convolution by Winograd's algorithm, see kernels.cpp. Shapes as in `product`."""
-    x = x.contiguous(memory_format=torch.channels_last)
+    """A 3x3 convolution by Winograd's algorithm, see kernels.cpp. Shapes as in `product`, x channels-last."""
     matrices = transformed(library, weight)
     (batch, c_in, height, width), c_out = x.shape, len(weight)
     y = torch.empty(batch, c_out, height, width, memory_format=torch.channels_last)
