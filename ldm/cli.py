@@ -195,8 +195,11 @@ def how_to_go_on(jobs: Sequence[Job], finished: int) -> str:
     if len(jobs) == 1:
         return "the same command begins again"
     job, count = jobs[finished], len(jobs) - finished
-    if all(replace(one.request, seed=0) == replace(job.request, seed=0) and not one.name for one in jobs):
-        return f"for the others add --seed {job.request.seed} --n-iter {count}"
+    seed = job.request.counted
+    same = replace(job.request, **{seed: 0})
+    if all(replace(one.request, **{seed: 0}) == same and not one.name for one in jobs):
+        flag = seed.replace("_", "-")
+        return f"for the others add --{flag} {getattr(job.request, seed)} --n-iter {count}"
     return f"the next is {job} with seed {job.request.seed}; a run with --resume goes on by itself"
 
 

@@ -66,7 +66,8 @@ def read(
 
     base: what lines leave open. Where both have a prompt, or a negative prompt, the line's comes first.
     n_iter: batches of a line that does not say how many; each continues the seeds of the one before.
-    iterate: let each line continue the seeds of the one before; False: all begin with the same seed.
+    iterate: let each line continue the seeds of the one before, also where variations keep the seed of their
+        line; False: all begin with the same seed.
     known, names: the styles there are, and those of lines that name none.
 
     A line of options that cannot be read is a prompt as it stands, and noted. Raises RequestError with the
@@ -96,7 +97,7 @@ def read(
             if len(requests) + batches > MAX_BATCHES:
                 raise RequestError(f"a file makes at most {MAX_BATCHES} batches; part it")
             requests.append(first)
-            requests += [replace(first, seed=first.seed + i * first.batch_size) for i in range(1, batches)]
+            requests += [first.later(i * first.batch_size) for i in range(1, batches)]
         except LdmError as error:
             raise RequestError(printable(f"line {number}: {error}", 200)) from None
     if not requests:

@@ -104,13 +104,17 @@ class Request:
             )
 
     def single(self, i: int) -> "Request":
-        """The request that makes picture i of the batch by itself: a later seed.
+        """The request that makes picture i of the batch by itself."""
+        return replace(self, batch_size=1).later(i)
 
-        Of variations, the seed stays and the variation seed counts up (web UI).
-        """
-        if self.variation_strength:
-            return replace(self, batch_size=1, variation_seed=self.variation_seed + i)
-        return replace(self, batch_size=1, seed=self.seed + i)
+    def later(self, n: int) -> "Request":
+        """The request whose first picture is the n-th of this one's row, however long the row goes on."""
+        return replace(self, **{self.counted: getattr(self, self.counted) + n})
+
+    @property
+    def counted(self) -> str:
+        """The seed that counts up from picture to picture; of variations the seed itself stays (web UI)."""
+        return "variation_seed" if self.variation_strength else "seed"
 
     def sampler_options(self) -> dict[str, float]:
         """The options of the sampler that were given."""

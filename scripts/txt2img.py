@@ -126,8 +126,7 @@ def requests(a: argparse.Namespace) -> list[Request]:
     hires = flags.hires(a)
     if a.from_file is None:
         first = flags.request(a, a.prompt, hires=hires)
-        stride = 0 if a.fixed_code else a.batch_size
-        return [replace(first, seed=first.seed + i * stride) for i in range(a.n_iter)]
+        return [first if a.fixed_code else first.later(i * a.batch_size) for i in range(a.n_iter)]
     base = flags.request(argparse.Namespace(**(vars(a) | {"style": []})), hires=hires)
     found, notes = prompt_file.read(
         read_text(a.from_file),

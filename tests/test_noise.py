@@ -145,6 +145,7 @@ def test_variations_keep_the_seed():
     assert request.single(1) == Request(seed=8, variation_seed=3)
     request = replace(request, variation_strength=0.1)
     assert request.single(1) == Request(seed=7, variation_seed=4, variation_strength=0.1)
+    assert request.later(2) == replace(request, variation_seed=5)
 
 
 def test_a_start_from_philox_is_that_of_a_card():

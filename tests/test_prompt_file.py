@@ -104,6 +104,16 @@ def test_batches_and_lines_continue_the_seeds():
     ]
 
 
+def test_variations_keep_the_seed_of_their_line():
+    base = Request(seed=10, batch_size=2, variation_seed=7, variation_strength=0.2)
+    requests, _ = read("a\nb\n--prompt c --subseed_strength 0", base, n_iter=2)
+    assert [(r.prompt, r.seed, r.variation_seed) for r in requests] == [
+        *(("a", 10, 7), ("a", 10, 9)),
+        *(("b", 14, 7), ("b", 14, 9)),
+        *(("c", 18, 7), ("c", 20, 7)),
+    ]
+
+
 def test_minus_one_is_another_seed_each_time():
     requests, _ = read("--seed -1 --subseed -1\n" * 2, Request())
     assert len({r.seed for r in requests} | {r.variation_seed for r in requests}) == 4

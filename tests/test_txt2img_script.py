@@ -14,7 +14,7 @@ from PIL import Image
 
 import ldm
 from ldm import cli
-from scripts.txt2img import main
+from scripts.txt2img import main, parse, requests
 from tests.tiny_families import tiny
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
@@ -81,6 +81,7 @@ def text(path: Path) -> str:
         (["--out", "/dev/null/x"], "cannot make the folder"),
         (["--budget", "lots"], "memory is written as 4GB, 900MB or free, got 'lots'"),
         (["--budget", "4GB", "--storage", "float16"], "--budget goes without --dtype, --storage"),
+        (["--budget", "free", "--resume"], "free memory changes; with --resume say how much: --budget 4GB"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )
@@ -169,6 +170,15 @@ def test_the_same_command_draws_the_same_picture_whatever_the_batch(draw, tmp_pa
     # A convolution of two pictures may sum in another order than that of one: a level may round differently.
     for one, other in ((first, again), (second, also)):
         assert max(abs(a - b) for a, b in zip(pixels(one), pixels(other), strict=True)) <= 1
+
+
+def test_variations_count_on_over_batches():
+    words = ["a cat", "--variation-strength", "0.2", "--variation-seed", "7"]
+    for split in (["--batch-size", "4"], ["--n-iter", "4"], ["--batch-size", "2", "--n-iter", "2"]):
+        singles = [one.single(i) for one in requests(parse([*words, *split])) for i in range(one.batch_size)]
+        assert [(one.seed, one.variation_seed) for one in singles] == [(42, 7), (42, 8), (42, 9), (42, 10)]
+    fixed = requests(parse([*words, "--n-iter", "2", "--fixed-code"]))
+    assert fixed[0] == fixed[1]
 
 
 def test_rows_of_the_sheet_are_as_long_as_asked_for(draw, tmp_path: Path):

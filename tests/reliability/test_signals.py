@@ -65,6 +65,8 @@ def test_a_stopped_run_says_how_to_go_on():
     prompts = [replace(job, request=replace(job.request, prompt=str(i))) for i, job in enumerate(JOBS)]
     resumed = "a run with --resume goes on by itself"
     assert cli.how_to_go_on(JOBS, 1) == "for the others add --seed 1 --n-iter 3"
+    turned = [cli.Job(Request(variation_seed=i, variation_strength=0.1)) for i in range(4)]
+    assert cli.how_to_go_on(turned, 1) == "for the others add --variation-seed 1 --n-iter 3"
     assert cli.how_to_go_on(JOBS, 4) == "these are all"
     assert cli.how_to_go_on(JOBS[:1], 0) == "the same command begins again"
     assert cli.how_to_go_on(named, 2) == f"the next is photo 2 with seed 2; {resumed}"
