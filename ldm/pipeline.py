@@ -194,7 +194,7 @@ def finished(models: Models, run: Plan, latents: Iterable[tuple[int, Tensor]]) -
     enlarges = run.request.hires is not None and run.second is None
     upscaler = hires.load(models, run) if enlarges else None
     with texture(models, run):
-        before = given(models, run) if run.request.edit and run.request.edit.soft else None
+        change = changed_parts(models, run)
     for i, latent in latents:
         with texture(models, run):
             if enlarges:
@@ -203,7 +203,7 @@ def finished(models: Models, run: Plan, latents: Iterable[tuple[int, Tensor]]) -
                 x = latent.unsqueeze(0)
                 image = to_pil(decode(models, x)[0], truncate=run.request.compat.truncate_8bit)
         if run.canvas is not None:
-            image = run.canvas.finished(image, change(models, run, before, latent))
+            image = run.canvas.finished(image, change(latent))
         yield with_text(image, described(models, run, i))
 
 
@@ -212,16 +212,14 @@ def described(models: Models, run: Plan, place: int = 0) -> str:
     return infotext(run.settled, models, run.networks.hashes, dict(run.inputs.fields()), place=place)
 
 
-def change(models: Models, run: Plan, before: Tensor | None, latent: Tensor) -> Tensor | None:
-    """Soft inpainting: how much of each pixel of a finished latent (C, h, w) to show, (1, 1, h, w).
-
-    before: the latents of the given picture, see `given`.
-    """
+def changed_parts(models: Models, run: Plan) -> Callable[[Tensor], Tensor | None]:
+    """Soft inpainting: tells of a finished latent (C, h, w) how much of each pixel to show, (1, 1, h, w)."""
     soft = run.request.edit and run.request.edit.soft
-    mask = latent_mask(models, run)
+    mask = latent_mask(models, run) if soft else None
+    before = None if mask is None else given(models, run)
     if soft is None or mask is None or before is None:
-        return None
-    return soft_inpainting.visible(soft, before[:1], latent.unsqueeze(0), mask)
+        return lambda latent: None
+    return lambda latent: soft_inpainting.visible(soft, before[:1], latent.unsqueeze(0), mask)
 
 
 def pictures(models: Models, run: Plan, latents: Tensor) -> list[Image.Image]:

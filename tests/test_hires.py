@@ -2,9 +2,12 @@
 
 import json
 from collections import deque
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import numpy as np
@@ -21,10 +24,12 @@ from ldm.errors import LdmError, RequestError
 from ldm.hires import LATENT_MODES
 from ldm.images import to_pil
 from ldm.latents import decode, encode
+from ldm.library import Library
 from ldm.models import Models
-from ldm.pipeline import plan, sample, txt2img
+from ldm.pipeline import finished, plan, sample, txt2img
 from ldm.request import Request
 from ldm.samplers import SAMPLERS, Step
+from ldm.upscalers import EMBEDDED
 from tests.golden import golden
 from tests.tiny_families import tiny
 
@@ -146,6 +151,20 @@ def test_strength_0_is_the_enlarged_picture(upscaler: str):
         assert image.tobytes() == to_pil(decode(tiny("sd1"), larger)[0]).tobytes()
     elif upscaler == "Lanczos":
         assert image.tobytes() == lanczos(to_pil(decode(tiny("sd1"), x)[0]), 64, 48).tobytes()
+
+
+def test_the_upscaler_is_read_once_for_all_pictures_of_a_batch(tmp_path: Path):
+    file = Path(copy(EMBEDDED["R-ESRGAN AnimeVideo"], tmp_path / "mine.safetensors"))
+    models = replace(tiny("sd1"), library=Library(upscalers=tmp_path))
+    run = plan(models, replace(with_hires(upscaler="mine", strength=0.0), batch_size=2))
+    latents = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(0))
+
+    def one_by_one() -> Iterator[tuple[int, Tensor]]:
+        yield 0, latents[0]
+        file.unlink()
+        yield 1, latents[1]
+
+    assert [image.size for image in finished(models, run, one_by_one())] == [(64, 48), (64, 48)]
 
 
 # --- its steps

@@ -1,15 +1,23 @@
 """Soft inpainting: its formulas against plain loops and closed forms, and what it must leave alone."""
 
 import math
+from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ldm.edit import Edit
 from ldm.errors import RequestError
+from ldm.inputs import Inputs
+from ldm.pipeline import pictures, plan
+from ldm.request import Request
 from ldm.soft_inpainting import Soft, _window_mean, blended, mask_at, visible
+from tests.tiny_families import tiny
 
 SOFT = Soft()
 
@@ -179,3 +187,22 @@ def test_extreme_settings_stay_between_0_and_1(settings: dict, influence: float)
 def test_settings_out_of_range_are_told(setting: dict):
     with pytest.raises(RequestError, match="of soft inpainting must be"):
         Soft(**setting)
+
+
+@pytest.mark.parametrize(("soft", "encoded"), [(Soft(), 1), (None, 0)])
+def test_the_given_picture_is_encoded_once_for_all_pictures_of_a_batch(soft: Soft | None, encoded: int):
+    vae = deepcopy(tiny("sd1").vae)
+    assert vae is not None
+    models = replace(tiny("sd1"), vae=vae)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    request = Request(prompt="a cat", steps=2, width=32, height=32, batch_size=3, edit=Edit(soft=soft))
+    run = plan(models, request, Inputs(picture=Image.linear_gradient("L").resize((32, 32)), mask=mask))
+    runs: list[object] = []
+    vae.encoder.register_forward_pre_hook(lambda encoder, _: runs.append(encoder))
+    finished = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    alone = [pictures(models, run, finished[[i]])[0] for i in range(3)]
+    assert len(runs) == 3 * encoded
+    runs.clear()
+    assert [one.tobytes() for one in pictures(models, run, finished)] == [one.tobytes() for one in alone]
+    assert len(runs) == encoded
