@@ -2,29 +2,33 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
 import torch
 from PIL.Image import Image
+from torch import nn
 from tqdm import tqdm
 
-from ldm import journal
+from ldm import journal, networks
 from ldm.errors import LdmError, RequestError
-from ldm.files import remove_unfinished
+from ldm.files import remove_unfinished, sha256
 from ldm.images import ENDINGS, numbered, save, save_numbered
 from ldm.inputs import Inputs
 from ldm.interrupts import patient
 from ldm.main_memory import bounded
 from ldm.models import Models
+from ldm.optimization import FastConv2d
 from ldm.pipeline import picture, sample
 from ldm.planning import plan
 from ldm.request import Request
 from ldm.stepdown import out_of_memory
 from ldm.storage import held_in
+from ldm.text.prompt import without_comments
+from ldm.upscalers import WEB_UI
 
 
 class Exit(IntEnum):
@@ -204,7 +208,10 @@ def how_to_go_on(jobs: Sequence[Job], finished: int) -> str:
 
 
 def facts(models: Models, jobs: Sequence[Job], inputs: Inputs) -> dict[str, str]:
-    """What decides the pictures of a run, for `Output.going_on`. inputs: what all jobs share."""
+    """What decides the pictures of a run, for `Output.going_on`. inputs: what all jobs share.
+
+    Raises LdmError if a prompt that all jobs share names a file that does not exist, OSError if one fails.
+    """
     made_of = [
         (
             *(one.hash, one.vae_hash, one.ema, one.device.type),
@@ -217,8 +224,36 @@ def facts(models: Models, jobs: Sequence[Job], inputs: Inputs) -> dict[str, str]
         "number of pictures": str(sum(job.request.batch_size for job in jobs)),
         "prompt or setting": journal.digest([(job.request, job.name) for job in jobs]),
         "model or device": journal.digest(made_of),
+        "LoRA, embedding or other file": journal.digest(_files(models, [job.request for job in jobs])),
+        "--fast or --budget": journal.digest((_is_fast(models.unet), models.limits)),
         "hint": journal.digest(list(inputs.fields())),
     }
+
+
+def _files(models: Models, requests: Iterable[Request]) -> list[tuple[str, str]]:
+    """The files that requests name, with their hashes. Several prompts: those that cannot work add none."""
+    texts: set[tuple[str, str]] = set()
+    upscalers: set[str] = set()
+    for one in requests:
+        texts.add((one.prompt, one.negative_prompt))
+        if two := one.hires:
+            texts.add((two.prompt or one.prompt, two.negative_prompt or one.negative_prompt))
+            upscalers.add(two.upscaler)
+    paths: set[tuple[str, Path]] = set()
+    for text in texts:
+        with suppress(LdmError) if len(texts) > 1 else nullcontext():
+            found = networks.find(models, *map(without_comments, text))[1]
+            paths |= {(name, path) for path, name in found.names.items()}
+            paths |= {(name, embedding.path) for name, embedding in found.embeddings.items()}
+    for name in upscalers:
+        with suppress(LdmError):  # most are none of the library's
+            paths.add((name, models.library.upscaler(WEB_UI.get(name, name))))
+    return sorted((name, sha256(path)) for name, path in paths)
+
+
+def _is_fast(network: nn.Module) -> bool:
+    """Whether it was changed by ldm.optimize, or compiled."""
+    return network._compiled_call_impl is not None or any(type(m) is FastConv2d for m in network.modules())
 
 
 def _missing(jobs: Sequence[Job], has: Callable[[Job], bool]) -> list[tuple[Job, list[Job]]]:

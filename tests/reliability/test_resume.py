@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from ldm.formats import write_safetensors
 from scripts.img2img import main as img2img
 from scripts.txt2img import main as txt2img
+from tests.lora.test_lora import lora_tensors
 from tests.reliability.runs import SMALL, contents, start
 from tests.tiny_families import tiny
 
@@ -80,6 +83,52 @@ def test_a_run_with_another_argument_is_refused_in_one_line(
     (tmp_path / "out" / "run.json").write_text("[" * 100_000)
     assert txt2img([*words, "2"]) == 2
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_run_with_other_files_or_a_faster_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    models, lora, out = tiny("sd1"), tmp_path / "style.safetensors", tmp_path / "out"
+    models.save(tmp_path / "tiny.safetensors")
+    write_safetensors(lora, lora_tensors(models, seed=0), {}, overwrite=True)
+    small = ["--ckpt", str(tmp_path / "tiny.safetensors"), *SMALL, "--n-iter", "2", "--resume"]
+    words = ["a cat <lora:style:1>", *small, "--lora-dir", str(tmp_path), "--out", str(out)]
+    embeddings = tmp_path / "embeddings"
+    embeddings.mkdir()
+    assert txt2img([*words, "--embeddings-dir", str(embeddings)]) == 0
+    before = contents(out)
+
+    def refused(*more: str) -> str:
+        capsys.readouterr()
+        assert txt2img([*words, *more]) == 2
+        assert contents(out) == before
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "holds a run with another --fast or --budget" in refused("--fast")
+    write_safetensors(lora, lora_tensors(models, seed=1), {}, overwrite=True)
+    assert "holds a run with another LoRA, embedding or other file" in refused()
+    write_safetensors(lora, lora_tensors(models, seed=0), {}, overwrite=True)
+    (out / "00001-43.png").unlink()
+    assert txt2img(words) == 0
+    assert contents(out) == before
+    write_safetensors(
+        embeddings / "cat.safetensors", {"emb_params": torch.ones(1, models.unet.config.context_dim or 0)}, {}
+    )
+    assert "another LoRA, embedding" in refused("--embeddings-dir", str(embeddings))
+    lora.unlink()
+    assert "there is no LoRA 'style'" in refused()
+
+
+def test_a_missing_file_is_told_before_the_run_begins(tmp_path: Path):
+    """So that the folder can be used once it is there; of several prompts, the others are drawn."""
+    tiny("sd1").save(tmp_path / "tiny.safetensors")
+    out = tmp_path / "out"
+    words = ["--ckpt", str(tmp_path / "tiny.safetensors"), *SMALL, "--resume", "--out", str(out)]
+    assert txt2img(["a cat <lora:style:1>", *words, "--lora-dir", str(tmp_path)]) == 2
+    assert contents(out) == {}
+    (tmp_path / "prompts.txt").write_text("a cat <lora:style:1>\na dog\n")
+    assert txt2img(["--from-file", str(tmp_path / "prompts.txt"), *words, "--lora-dir", str(tmp_path)]) == 1
+    assert sorted(contents(out)) == ["00001-43.png", "run.json"]
 
 
 def test_a_run_begins_behind_the_pictures_that_are_there_and_fills_gaps_of_batches(
