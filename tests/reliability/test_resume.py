@@ -7,12 +7,15 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import ldm
+from ldm import cli
 from ldm.formats import write_safetensors
 from scripts.img2img import main as img2img
 from scripts.txt2img import main as txt2img
@@ -117,6 +120,17 @@ def test_a_run_with_other_files_or_a_faster_model_is_refused(
     assert "another LoRA, embedding" in refused("--embeddings-dir", str(embeddings))
     lora.unlink()
     assert "there is no LoRA 'style'" in refused()
+
+
+def test_the_upscaler_of_a_second_pass_belongs_to_the_run(tmp_path: Path):
+    models = replace(tiny("sd1"), library=ldm.Library(upscalers=tmp_path))
+    for upscaler, other in (("mine", True), ("Lanczos", False)):
+        jobs = [cli.Job(ldm.Request(prompt="a cat", hires=ldm.Hires(scale=2, upscaler=upscaler)))]
+        found = []
+        for content in (b"one", b"two"):
+            (tmp_path / "mine.pth").write_bytes(content)
+            found.append(cli.facts(models, jobs, ldm.Inputs()))
+        assert (found[0] != found[1]) == other
 
 
 def test_a_missing_file_is_told_before_the_run_begins(tmp_path: Path):
