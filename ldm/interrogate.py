@@ -24,11 +24,12 @@ from ldm.building import Destination, build, shapes_of
 from ldm.clip_vision import ClipVisionConfig, ClipVisionModel, from_openclip
 from ldm.errors import CheckpointError, LdmError
 from ldm.formats import read
-from ldm.formats.mapped import printable, reason
+from ldm.formats.mapped import printable
 from ldm.images import opaque
 from ldm.text.clip import ClipTextConfig, ClipTextModel
 from ldm.text.openclip_names import to_hf
 from ldm.text.tokenizer import Tokenizer
+from ldm.text_file import read_utf8
 
 WORDS = Path(__file__).with_name("words")  # our lists, in the words of the embedded model's captions
 MAX_WORDS = 1500  # of a list, the first ones; the web UI's limit
@@ -179,10 +180,7 @@ def read_categories(folder: str | os.PathLike[str] = WORDS) -> list[Category]:
     found = []
     for path in sorted(Path(folder).glob("*.txt")):
         name, _, top = path.stem.rpartition(".top")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise LdmError(f"cannot read the words of {printable(path.name)}: {reason(error)}") from None
+        lines = read_utf8(path).splitlines()
         words = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))[:MAX_WORDS]
         if not words:
             raise LdmError(f"there are no words in {printable(path.name)}; write one a line")

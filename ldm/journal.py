@@ -17,6 +17,7 @@ from ldm.errors import LdmError, RequestError
 from ldm.files import atomic_write, fcntl
 from ldm.images import next_number
 
+MAX_RECORD = 1 << 20  # bytes
 NAME = "run.json"  # of the record in the folder of the pictures
 
 
@@ -39,10 +40,10 @@ def going_on(folder: Path, facts: Mapping[str, str]) -> Iterator[int]:
         except BlockingIOError:
             raise RequestError(f"another process is at work on the run in {folder}") from None
         try:
-            record = json.loads(file.read())
+            record = json.loads(file.read(MAX_RECORD))
             first, stored = int(record["first"]), dict(record["facts"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise RequestError(f"{path} is damaged; delete it and start in another folder") from None
+            raise RequestError(f"{path} is damaged; start in another folder") from None
         changed = [name for name in facts if stored.get(name) != facts[name]]
         if changed:
             raise RequestError(

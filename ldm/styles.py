@@ -8,12 +8,14 @@ sharp,"sharp focus, detailed",blurry
 import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from io import StringIO
 from os import PathLike
 from pathlib import Path
 
 from ldm.errors import RequestError
 from ldm.formats.mapped import printable, reason
 from ldm.request import Request
+from ldm.text_file import read_utf8
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,19 @@ def read(path: str | PathLike[str]) -> dict[str, Style]:
     path = Path(path)
     styles: dict[str, Style] = {}
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: the web UI writes a byte order mark
-            rows = csv.DictReader(file, skipinitialspace=True, strict=True)
-            columns = rows.fieldnames or []
-            prompt = "prompt" if "prompt" in columns else "text"
-            if "name" not in columns or prompt not in columns:
-                raise RequestError(
-                    f"{path.name}: the first line must be name,prompt,negative_prompt; "
-                    f"got '{printable(','.join(columns))}'"
-                )
-            for row in rows:
-                name = row["name"] or ""
-                if name and not name.startswith("#"):
-                    styles[name] = Style(name, row[prompt] or "", row.get("negative_prompt") or "")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = csv.DictReader(StringIO(read_utf8(path), newline=""), skipinitialspace=True, strict=True)
+        columns = rows.fieldnames or []
+        prompt = "prompt" if "prompt" in columns else "text"
+        if "name" not in columns or prompt not in columns:
+            raise RequestError(
+                f"{path.name}: the first line must be name,prompt,negative_prompt; "
+                f"got '{printable(','.join(columns))}'"
+            )
+        for row in rows:
+            name = row["name"] or ""
+            if name and not name.startswith("#"):
+                styles[name] = Style(name, row[prompt] or "", row.get("negative_prompt") or "")
+    except csv.Error as error:
         raise RequestError(f"{path.name}: not a readable styles file: {reason(error)}") from None
     return styles
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.formats.mapped import printable, reason
 from ldm.images import opaque
+from ldm.text_file import read_utf8
 
 RATING = "9"  # the category of the tags that only say how decent a picture is
 
@@ -84,10 +86,9 @@ def load_tagger(path: str | os.PathLike[str], tags: str | os.PathLike[str] | Non
 
 def _read_tags(path: Path) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(StringIO(read_utf8(path), newline="")))
         return tuple(row["name"] for row in rows), tuple(row.get("category") != RATING for row in rows)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise LdmError(f"cannot read the tags of {printable(path.name)}: {reason(error)}") from None
     except KeyError:
         raise LdmError(f"{printable(path.name)} has no column 'name'; give the table of the tagger") from None

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import again
 import flags
 import groups
 
@@ -39,7 +40,10 @@ def parser() -> flags.Parser:
         help="draw each line of a text file: prompts, or flags as --prompt 'a cat' --steps 7",
     )
     p.add_argument(
-        "--from-picture", type=Path, metavar="FILE", help="draw a picture again, from the settings it carries"
+        "--from-picture",
+        type=Path,
+        metavar="FILE",
+        help="draw a picture again, from the settings it carries and those given beside it",
     )
     groups.add_drawing(p)
     p.add_argument("--n-iter", type=int, default=1, metavar="N", help="batches for each prompt")
@@ -90,12 +94,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser()
     a = p.parse_args(argv)
 
-    sources = (a.positional, a.prompt, a.from_file, a.from_picture)
-    if sum(source is not None for source in sources) != 1:
+    prompts = sum(source is not None for source in (a.positional, a.prompt, a.from_file))
+    if prompts > 1 or (prompts == 0 and a.from_picture is None):
         p.error("give one prompt, a file of prompts with --from-file, or a picture with --from-picture")
     if a.resume and (a.from_picture or a.skip_save):
         p.error("--resume is for runs that save many pictures, without --from-picture and --skip-save")
-    a.prompt = a.positional if a.prompt is None else a.prompt
+    a.given = again.given(p, argv) if a.from_picture else set()
+    a.prompt = (a.positional or "") if a.prompt is None else a.prompt
 
     if a.plms:
         a.sampler = a.sampler or "PLMS"
@@ -110,6 +115,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         a.dtype = a.dtype or "float32"
     if a.laion400m:
         a.ckpt = a.ckpt or LAION400M
+    if a.from_picture and not a.ckpt:
+        again.check_loading(p, a.given)
     ignored = [f"--{name}" for name in ("config", "C", "f") if getattr(a, name) is not None]
     if ignored:
         print(f"txt2img: ignoring {', '.join(ignored)}", file=sys.stderr)
@@ -119,6 +126,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def requests(a: argparse.Namespace) -> list[Request]:
     """One request for each batch. Raises LdmError if a value makes no sense for any model."""
     from ldm import RequestError, prompt_file, styles
+    from ldm.text_file import read_utf8
 
     for name, value in (("--n-iter", a.n_iter), ("--n-rows", a.n_rows)):
         if value is not None and value < 1:
@@ -129,7 +137,7 @@ def requests(a: argparse.Namespace) -> list[Request]:
         return [first if a.fixed_code else first.later(i * a.batch_size) for i in range(a.n_iter)]
     base = flags.request(argparse.Namespace(**(vars(a) | {"style": []})), hires=hires)
     found, notes = prompt_file.read(
-        read_text(a.from_file),
+        read_utf8(a.from_file),
         base,
         n_iter=a.n_iter,
         iterate=not a.fixed_code,
@@ -141,17 +149,6 @@ def requests(a: argparse.Namespace) -> list[Request]:
     return found
 
 
-def read_text(path: Path) -> str:
-    from ldm import RequestError
-
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise RequestError(f"cannot read prompts from {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RequestError(f"cannot read prompts from {path}: it is no text in UTF-8") from None
-
-
 def draw(a: argparse.Namespace) -> int:
     """Check every value, then load, draw and save. Returns the exit code."""
     import ldm
@@ -159,11 +156,11 @@ def draw(a: argparse.Namespace) -> int:
     from ldm.images import grid
     from ldm.reproduce import prepare
 
-    todo = [] if a.from_picture else requests(a)
+    todo = requests(a)
     flags.check(a)
     flags.exist(a.from_picture, a.depth)
     flags.exist_folders(a.models_dir)
-    pictures = sum(request.batch_size for request in todo) or 1
+    pictures = sum(request.batch_size for request in todo)
     output = cli.Output(a.out, a.overwrite)
     if not a.explain:
         output.prepare(pictures)
@@ -174,7 +171,8 @@ def draw(a: argparse.Namespace) -> int:
     wanted = None  # of a batch; None: all
     if a.from_picture:
         folders = (a.models_dir, a.lora_dir, a.embeddings_dir, a.hypernetwork_dir)
-        found = prepare(a.from_picture, models, [f for f in folders if f], device=cli.device(a.device))
+        places, change = [f for f in folders if f], again.changing(a.given, todo[0])
+        found = prepare(a.from_picture, models, places, device=cli.device(a.device), change=change)
         for note in found.notes:
             print(f"txt2img: {note}", file=sys.stderr)
         models, todo, wanted = found.models, [found.request], found.request.single(found.place)

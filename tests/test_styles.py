@@ -64,7 +64,7 @@ def test_an_unknown_style_is_named_with_those_that_exist():
     [
         (b"", "the first line must be name,prompt,negative_prompt"),
         (b"a,b,c\n1,2,3\n", "got 'a,b,c'"),
-        (b"\xff\xfe\x00", "not a readable styles file"),
+        (b"\xff\xfe\x00", "it is no text in UTF-8"),
         (b'name,prompt\na,"open', "not a readable styles file"),
         (b'name,prompt\na,"x"y\n', "not a readable styles file"),
         (b"name,prompt\na," + b"x" * 200_000, "not a readable styles file"),
@@ -81,5 +81,5 @@ def test_what_is_no_styles_file_is_refused_in_one_line(tmp_path: Path, content: 
 
 
 def test_a_missing_file_is_refused(tmp_path: Path):
-    with pytest.raises(RequestError, match=r"none\.csv: not a readable styles file: No such file"):
+    with pytest.raises(RequestError, match=r"cannot read none\.csv: No such file"):
         styles.read(tmp_path / "none.csv")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import LdmError
+from ldm.text_file import read_utf8
 
 HEADS = 8
 HEAD_WIDTH = 64  # whatever the width of the model: x-transformers' default
@@ -162,10 +163,7 @@ class WordPiece:
 
         Raises LdmError if there is no such file or a special token is not in it.
         """
-        try:
-            tokens = vocabulary.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise LdmError(f"{vocabulary}: not a readable BERT vocabulary: {error}") from None
+        tokens = read_utf8(vocabulary).split("\n")
         self._ids = {token.rstrip("\r"): i for i, token in enumerate(tokens)}
         for special in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
             if special not in self._ids:
