@@ -87,8 +87,12 @@ def prepare(
     *,
     inputs: Inputs = NO_INPUTS,
     device: torch.device | str = "cpu",
+    change: Callable[[Request], Request] = lambda request: request,
 ) -> Replay:
-    """Find out how to make a picture again, without drawing it. Arguments and errors as for `replay`."""
+    """Find out how to make a picture again, without drawing it. Arguments and errors as for `replay`.
+
+    change: makes of the request in the picture, alone and not in its batch, the one to draw instead.
+    """
     info = settings(source)
     if not info.fields:
         raise LdmError("the text of this picture holds a prompt, but no settings")
@@ -99,14 +103,14 @@ def prepare(
             raise LdmError(f"there is no folder {printable(str(place), 150)}")
     if models is None:
         models = _checkpoint(info, places, device, notes)
-    request, library = _networks(info, request, models.library, places, notes)
-    if library != models.library:
-        models = replace(models, library=library)
     skips = [part.skip for part in models.family.parts if isinstance(part, ClipPart)]
     if not info.ours and skips != [
         1
     ]:  # the web UI writes its clip skip into all pictures, and uses it for SD1
         request = replace(request, clip_skip=None)
+    request, library = _networks(info, change(request), models.library, places, notes)
+    if library != models.library:
+        models = replace(models, library=library)
     request, place = interpret.batch(info, request) if info.ours else (request, 0)
     if request.edit is not None and inputs.picture is None:
         raise LdmError("this picture was drawn from another one; give that, too (inputs=, or img2img.py)")

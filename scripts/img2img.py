@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import again
 import flags
 import groups
 
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--from-picture",
         type=Path,
         metavar="FILE",
-        help="draw this picture again from PICTURE, with the settings it carries",
+        help="draw this picture again from PICTURE, with the settings it carries and those given",
     )
     groups.add_editing(p)
     groups.add_drawing(p)
@@ -51,6 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         p.error("--from-picture needs the one picture that it was drawn from, not a folder")
     if a.from_picture and a.resume:
         p.error("--resume is for runs of many pictures, without --from-picture")
+    a.given = again.given(p, argv) if a.from_picture else set()
     return a
 
 
@@ -83,7 +85,9 @@ def run(a: argparse.Namespace) -> int:
     jobs = [cli.Job(request, lambda path=path: inputs(path), path.stem) for path in pictures]
     wanted = None  # of a batch; None: all
     if a.from_picture:
-        found = prepare(a.from_picture, models, inputs=inputs(a.picture))
+        found = prepare(
+            a.from_picture, models, inputs=inputs(a.picture), change=again.changing(a.given, request)
+        )
         for note in found.notes:
             print(f"img2img: {note}", file=sys.stderr)
         jobs = [cli.Job(found.request, lambda: found.inputs, a.picture.stem)]

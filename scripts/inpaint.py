@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import again
 import flags
 import groups
 
@@ -38,7 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--from-picture",
         type=Path,
         metavar="FILE",
-        help="draw this picture again from PICTURE, with the settings it carries and the same mask",
+        help="draw this picture again from PICTURE, with its settings and those given, and the same mask",
     )
     where = p.add_argument_group("what to repaint, see docs/inpainting.md")
     where.add_argument("--mask", type=Path, metavar="PICTURE", help="white: repaint, black: keep")
@@ -87,6 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         p.error("--outpaint-fill and --overlap belong to --outpaint")
     if a.outpaint and a.strength is None:
         a.strength = 1.0  # nothing of the new part is worth keeping
+    a.given = again.given(p, argv) if a.from_picture else set()
     return a
 
 
@@ -160,7 +162,7 @@ def run(a: argparse.Namespace) -> int:
     inputs = replace(inputs, controls=flags.controls(a, models))
     wanted = None  # of a batch; None: all
     if a.from_picture:
-        found = prepare(a.from_picture, models, inputs=inputs)
+        found = prepare(a.from_picture, models, inputs=inputs, change=again.changing(a.given, request))
         for note in found.notes:
             print(f"inpaint: {note}", file=sys.stderr)
         request, inputs, wanted = found.request, found.inputs, found.request.single(found.place)

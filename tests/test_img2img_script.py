@@ -89,6 +89,24 @@ def test_a_picture_is_drawn_again_from_its_settings(draw, tmp_path: Path):
     assert text(again) == text(second)
 
 
+def test_a_picture_is_drawn_again_with_changes(folder: Path, tmp_path: Path):
+    picture, model = str(folder / "pictures/glass.png"), str(folder / "sd1.safetensors")
+    first = ["--width", "64", "--height", "64", "--steps", "4", "--extra-noise", "0.1"]
+
+    def run(*words: str) -> Path:
+        assert (
+            main([picture, *words, "--ckpt", model, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+        )
+        return saved(tmp_path)[-1]
+
+    old = run("red car", *first, "--strength", "0.5")
+    wanted = run("blue car", *first, "--strength", "0.8", "--seed", "7")
+    again = run("blue car", "--from-picture", str(old), "--strength", "0.8", "--seed", "7")
+    assert Image.open(again).tobytes() == Image.open(wanted).tobytes()
+    assert text(again) == text(wanted)
+    assert text(run("--from-picture", str(old))) == text(old)
+
+
 def test_a_hint_leads_and_is_written_down(draw, folder: Path, tmp_path: Path):
     control = ["--control", str(folder / "edges.safetensors"), str(folder / "pictures/colours.png")]
     assert draw("grey.jpg") == 0
@@ -124,6 +142,7 @@ def test_models_with_further_inputs_draw(draw, folder: Path, tmp_path: Path):
         (["--depth", "{pictures}/grey.jpg"], "takes no depth picture"),
         (["--refiner", "missing"], "there is no file missing"),
         (["--budget", "4GB", "--from-picture", "x.png"], "--budget goes without --dtype, --storage"),
+        (["--exact-steps", "--from-picture", "x.png"], "--exact-steps does not go with --from-picture"),
         (["--budget", "300MB"], "GB of memory at least, there is 0.3"),
     ],
 )

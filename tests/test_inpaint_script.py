@@ -124,6 +124,19 @@ def test_a_picture_of_any_size_keeps_it(repaint, tmp_path: Path, size: tuple[int
     assert again.info == result.info
 
 
+def test_a_picture_is_drawn_again_with_changes(repaint, tmp_path: Path):
+    box = ["--box", "10,20,42,44"]
+    repaint(*box, "--padding", "16", "--strength", "0.6")
+    again = ["--from-picture", str(tmp_path / "x.png")]
+    new = ["--blur", "0", "--content", "latent-noise", "--soft-settings", "preservation=1"]
+    wanted = repaint(*box, "--padding", "16", "--strength", "0.6", *new, name="wanted.png")
+    changed_one = repaint(*box, *again, *new, name="y.png")
+    assert changed_one.tobytes() == wanted.tobytes()
+    assert changed_one.info == wanted.info
+    # The picture keeps its 64x48 until a size is named.
+    assert repaint(*box, *again, "--height", "64", name="z.png").size == (64, 64)
+
+
 def test_a_size_brings_the_picture_to_it_first(repaint):
     assert repaint("--box", "10,20,42,44", "--width", "64", "--height", "64", "--resize", "crop").size == (
         64,
@@ -149,6 +162,7 @@ def test_a_size_brings_the_picture_to_it_first(repaint):
         (["--outpaint", "0"], "there is nothing to draw"),
         (["--outpaint", "8", "--invert"], "--invert would leave the new part"),
         (["--overlap", "8"], "belong to --outpaint"),
+        (["--from-picture", "x.png", "--compat", "a1111"], "--compat does not go with --from-picture"),
         (["--box", "0,0,9,9", "--out", "x.gif"], "saved as .png"),
     ],
 )
