@@ -226,6 +226,8 @@ def facts(models: Models, jobs: Sequence[Job], inputs: Inputs) -> dict[str, str]
         "model or device": journal.digest(made_of),
         "LoRA, embedding or other file": journal.digest(_files(models, [job.request for job in jobs])),
         "--fast or --budget": journal.digest((_is_fast(models.unet), models.limits)),
+        # More threads add up in another order.
+        "number of threads": str(torch.get_num_threads() if models.device.type == "cpu" else 1),
         "hint": journal.digest(list(inputs.fields())),
     }
 

@@ -117,14 +117,18 @@ def plan_all(
     device = what.device if isinstance(what, Models) else torch.device(device)
     budget = free(device) if budget is None else budget
     found: list[Run] = []
+    blanks: dict[object, tuple[Models, Sequence[ControlNet | Adapter]]] = {}
     least = None
     for way in ways_of(what) if isinstance(what, Models) else ways(str(device), fast=fast):
-        if isinstance(what, Models):
-            models = blank(what)
-        else:
-            models = load(what, device=META, dtype=way.dtype, storage=way.storage, **options)
+        held = way.dtype, way.storage
+        if held not in blanks:  # files are read once for all ways to hold their weights alike
+            if isinstance(what, Models):
+                models = blank(what)
+            else:
+                models = load(what, device=META, dtype=way.dtype, storage=way.storage, **options)
+            blanks[held] = models, [load_controlnet(path, models) for path in controls]
+        models, named = blanks[held]
         found = found or largest(models, runs(models))
-        named = [load_controlnet(path, models) for path in controls]
         needs = max(
             predict(models, request, way, inputs, [*_hinted(inputs), *named]) for request, inputs in found
         )
@@ -132,7 +136,7 @@ def plan_all(
             return MemoryPlan(way, needs, budget)
         least = min(needs, least or needs)
     raise RequestError(
-        f"this needs {(least or 0) / 2**30:.1f} GB of memory at least, there is {budget / 2**30:.1f}; "
+        f"this needs {(least or 0) / 2**30:.2f} GB of memory at least, there is {budget / 2**30:.2f}; "
         "try a smaller picture or batch"
     )
 

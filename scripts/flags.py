@@ -78,7 +78,7 @@ def hires(a: argparse.Namespace) -> Hires | None:
     given = {
         "scale": a.hires,
         "upscaler": a.hires_upscaler,
-        "steps": a.hires_steps,
+        "steps": a.hires_steps or None,
         "strength": a.hires_strength,
         "prompt": a.hires_prompt,
         "negative_prompt": a.hires_negative,
@@ -90,6 +90,8 @@ def hires(a: argparse.Namespace) -> Hires | None:
     chosen = {name: value for name, value in given.items() if value is not None}
     if a.hires_size:
         width, height = size(a.hires_size)
+        if not (width or height):
+            raise RequestError("--hires-size needs a width or a height, as in 1024x1024 or 0x768")
         chosen |= {"width": width or None, "height": height or None}
     elif chosen and a.hires is None:
         raise RequestError("say how large the second pass is, with --hires 2 or --hires-size 1024x1024")

@@ -187,7 +187,7 @@ def add_second_pass(p: argparse.ArgumentParser) -> None:
     hires.add_argument(
         "--hires-upscaler", metavar="NAME", help="Latent (default), Lanczos, a file in --upscalers-dir, ..."
     )
-    hires.add_argument("--hires-steps", type=int, metavar="N", help="default: as in the first pass")
+    hires.add_argument("--hires-steps", type=int, metavar="N", help="0, the default: as in the first pass")
     hires.add_argument("--hires-strength", type=float, metavar="X", help="0 keep to 1 invent (default: 0.7)")
     hires.add_argument("--hires-prompt", metavar="TEXT")
     hires.add_argument("--hires-negative", metavar="TEXT")
