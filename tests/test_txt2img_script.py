@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 import ldm
 from ldm import cli
+from scripts import again, img2img, inpaint, txt2img
 from scripts.txt2img import main, parse, requests
 from tests.tiny_families import tiny
 
@@ -336,3 +338,94 @@ def test_fast_draws_the_same_picture_but_for_rounding(draw, tmp_path: Path):
     assert draw("a cat") == draw("a cat", "--fast") == 0
     plain, fast = (np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / "out").iterdir()))
     assert np.abs(plain - fast).max() <= 1
+
+
+def test_a_picture_is_drawn_again_with_changes(draw, tmp_path: Path, checkpoint: Path):
+    assert draw("a cat", "--batch-size", "2", "--sampler", "Euler a", "--eta", "0.5", "--no-grid") == 0
+    second = str(tmp_path / "out" / "00001-43.png")
+
+    def again(*words: str) -> Path:
+        path = tmp_path / "again.png"
+        common = ["--models-dir", str(checkpoint.parent), "--device", "cpu", "--out", str(path)]
+        assert main(["--from-picture", second, *common, "--overwrite", *words]) == 0
+        return path
+
+    # Only what is named changes, to what the whole command would have drawn.
+    assert draw("a cat", "--batch-size", "2", "--sampler", "Euler a", "--eta", "0.5", "--steps", "3") == 0
+    other = tmp_path / "out" / "00003-43.png"
+    changed = again("--steps", "3")
+    assert pixels(changed) == pixels(other)
+    assert text(changed) == text(other)
+
+    # A flag counts where its value is the usual one, too; the seed is that of this picture.
+    changed = again("a dog", "--seed", "42", "--negative=", "--tiling")
+    settings = text(changed)
+    assert settings.startswith("a dog\nSteps: 2, Sampler: Euler a,")
+    assert "Seed: 42," in settings
+    assert "Eta: 0.5" in settings
+    assert "Tiling: True" in settings
+
+    # A new sampler comes with its own schedule and options.
+    settings = text(again("--sampler", "DPM++ 2M Karras", "--cfg_scale", "3"))
+    assert "Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3," in settings
+    assert "Eta" not in settings
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--sampler", "nonsense"], "unknown sampler 'nonsense'"),
+        (["--steps", "0"], "steps must be 1 to 10000"),
+        (["--eta", "1"], "has no option 'eta'"),
+        (["--batch-size", "1"], "--batch-size does not go with --from-picture"),
+        (["--hires", "2"], "--hires does not go with --from-picture"),
+        (["--style", "film"], "--style does not go with --from-picture"),
+        (["--storage", "float16"], "for --storage give --ckpt"),
+        (["--fast"], "for --fast give --ckpt"),
+        (["--from-file", "x.txt"], "--from-file does not go with --from-picture"),
+    ],
+)
+def test_an_impossible_change_is_one_line(
+    draw,
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    complaint: str,
+):
+    assert draw("a cat", "--sampler", "Euler", "--out", str(tmp_path / "x.png")) == 0
+    capsys.readouterr()
+    try:
+        common = ["--models-dir", str(checkpoint.parent), "--device", "cpu", "--out", str(tmp_path / "y.png")]
+        code = main(["--from-picture", str(tmp_path / "x.png"), *common, *words])
+    except SystemExit as end:  # argparse's way
+        code = end.code
+    said = capsys.readouterr().err
+    assert code == 2
+    assert complaint in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "y.png").exists()
+
+
+def test_no_flag_is_ignored_when_a_picture_is_drawn_again():
+    """Each one is a field to change, is refused, or says where and how to run."""
+    running = {
+        *("given", "from_picture", "picture", "out", "overwrite", "debug", "device", "ckpt", "laion400m"),
+        *("models_dir", "lora_dir", "embeddings_dir", "hypernetwork_dir", "upscalers_dir", "explain"),
+        *("control", "control_hint", "control_weight", "control_start", "control_end", "control_mode"),
+        *("depth", "mask", "box", "outpaint", "outpaint_fill", "overlap", "no_grid", "skip_save"),
+        *("resume", "budget"),  # refused elsewhere
+        *("config", "C", "f"),  # always ignored, and said so
+    }
+    named = {field.name for record in (ldm.Request, ldm.Edit) for field in fields(record)}
+    for script in (txt2img, img2img, inpaint):
+        for flag in vars(script.parse(["x"])):
+            field = again.FIELDS.get(flag, flag)
+            assert field in named or flag in {*again.REFUSED, *again.LOADING, *running}, flag
+
+
+def test_the_model_of_a_picture_that_is_drawn_again_is_held_as_asked(draw, tmp_path: Path):
+    assert draw("a cat", "--out", str(tmp_path / "x.png")) == 0
+    held = ["--storage", "float16", "--from-picture", str(tmp_path / "x.png"), "--out"]
+    assert draw("a cat", *held, str(tmp_path / "y.png")) == 0
+    assert pixels(tmp_path / "y.png") != pixels(tmp_path / "x.png")
