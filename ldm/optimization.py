@@ -12,7 +12,6 @@ same parameters, which computes its result in another way where it can and as ev
   has changed, so that a LoRA may come and go.
 - 3x3 convolutions on maps so small that most time goes into fetching the weights: one matrix product, for
   which they need not be brought into another order first.
-
 - 1x1 convolutions: a matrix product.
 
 All of this runs on channels-last maps, which the layers between pass on as they come.
