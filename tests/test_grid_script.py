@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["a cat", "--x", "denoising=0.5"], "Denoising needs a picture to start from"),
         (["a cat", "--x", "hires steps=5"], "Hires steps needs a second pass"),
         (["a cat" + "|b" * 14, "--matrix"], "a prompt matrix has at most 13 parts"),
-        (["a cat", "--matrix", "--style", "film"], "not a readable styles file"),
+        (["a cat", "--matrix", "--style", "film"], "cannot read styles.csv: No such file"),
         (["a cat", "--matrix", "--out", "x.gif"], "saved as .png"),
         (["--sheet", "none"], "there is no file none"),
     ],
@@ -195,7 +195,7 @@ def test_a_budget_is_for_the_largest_picture(
     assert main([*common, "--x", "size=32x32, 36x36"]) == cli.Exit.FAILED
     assert "memory: 0.3 of 0.6 GB: weights in float32 on cpu\n" in capsys.readouterr().err
     assert main([*common, "--x", "size=32x32, 1024x1024"]) == cli.Exit.USAGE
-    assert "picture 1, 2: this needs 0.7 GB of memory at least, there is 0.6" in capsys.readouterr().err
+    assert "picture 1, 2: this needs 0.72 GB of memory at least, there is 0.59" in capsys.readouterr().err
 
 
 def test_all_axes_are_listed(capsys: pytest.CaptureFixture[str]):

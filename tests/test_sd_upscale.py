@@ -145,7 +145,7 @@ def test_a_budget_is_for_a_tile(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*words, "--budget", "400MB"]) == cli.Exit.DONE  # 96 x 64, less than a whole tile
     assert "memory: 0.3 of 0.4 GB: weights in float32 on cpu\n" in capsys.readouterr().err
     assert main([*words, "--scale", "16", "--budget", "400MB"]) == cli.Exit.USAGE  # tiles of 512
-    assert "needs 0.5 GB of memory at least, there is 0.4" in capsys.readouterr().err
+    assert "needs 0.50 GB of memory at least, there is 0.39" in capsys.readouterr().err
 
 
 def test_a_picture_that_was_not_drawn_in_tiles_says_so() -> None:
