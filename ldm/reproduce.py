@@ -108,14 +108,16 @@ def prepare(
         1
     ]:  # the web UI writes its clip skip into all pictures, and uses it for SD1
         request = replace(request, clip_skip=None)
-    request, library = _networks(info, change(request), models.library, places, notes)
+    wanted = change(request)
+    as_it_was = info.ours and wanted == request
+    request, library = _networks(info, wanted, models.library, places, notes)
     if library != models.library:
         models = replace(models, library=library)
     request, place = interpret.batch(info, request) if info.ours else (request, 0)
     if request.edit is not None and inputs.picture is None:
         raise LdmError("this picture was drawn from another one; give that, too (inputs=, or img2img.py)")
     run = plan(models, request, inputs)
-    notes += _differences(info, parse(described(models, run, place)))
+    notes += _differences(info, parse(described(models, run, place)), files_only=not as_it_was)
     return Replay(models, request, place, tuple(printable(note, 200) for note in notes), inputs)
 
 
@@ -153,9 +155,12 @@ def _flat(request: Request) -> dict[str, object]:
     return flat | {f"compat.{field.name}": getattr(compat, field.name) for field in fields(compat)}
 
 
-def _differences(info: Infotext, again: Infotext) -> list[str]:
-    """What our text of the new picture will say otherwise. Of other programs, only the files are compared."""
-    names = dict.fromkeys([*info.fields, *again.fields]) if info.ours else ("Model hash", "VAE hash")
+def _differences(info: Infotext, again: Infotext, *, files_only: bool) -> list[str]:
+    """What our text of the new picture will say otherwise.
+
+    files_only: of other programs' pictures, and where a change was asked for, only the files are compared.
+    """
+    names = ("Model hash", "VAE hash") if files_only else dict.fromkeys([*info.fields, *again.fields])
     return [
         f"{name}: the picture was made with {old or 'nothing'}, this is {new or 'nothing'}"
         for name in names
